@@ -1,1 +1,34 @@
-//! Placeholder.
+//! Lazarette's gRPC protocols: generated code, and the mapping of error codes to statuses.
+//!
+//! `docs/formats.md` describes the messages' meaning; the `.proto` files are the reference.
+
+mod status;
+
+pub use status::{code_of, status};
+
+/// Volume administration and the cluster map.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod cluster {
+    tonic::include_proto!("lazarette.cluster.v1");
+}
+
+/// File metadata, locks and sessions, served by a volume's owner.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod meta {
+    tonic::include_proto!("lazarette.meta.v1");
+}
+
+/// File data, served by the members of a replica set.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod chunk {
+    tonic::include_proto!("lazarette.chunk.v1");
+}
+
+/// The mount daemon's local control socket.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod mount {
+    tonic::include_proto!("lazarette.mount.v1");
+}
+
+/// Largest gRPC message that any side accepts, in bytes: the largest chunk and its framing.
+pub const MAX_MESSAGE_BYTES: usize = (64 << 20) + 4096;
