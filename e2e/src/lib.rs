@@ -1,1 +1,19 @@
-//! Placeholder.
+//! The Kubernetes lab of Lazarette and the machinery that its end-to-end tests share.
+//!
+//! * [`tools`] and [`debian`] provide the programs that the lab is made of;
+//! * [`process`] runs them as background daemons that survive the command that started them;
+//! * [`lab`] joins them to a real multi-node Kubernetes on one machine;
+//! * [`image`] builds container images without a container engine.
+
+pub mod command;
+pub mod debian;
+pub mod process;
+pub mod tools;
+mod wait;
+
+pub use wait::{Deadline, wait_for};
+
+/// Lower-case hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
