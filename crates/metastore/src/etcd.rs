@@ -1,1 +1,290 @@
+use crate::store::{
+    Condition, Event, KeyValue, LeaseId, MetaStore, Op, Revision, StoreError, Txn, TxnOutcome, WatchBatch, WatchStream,
+};
+use async_trait::async_trait;
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, EventType, GetOptions, PutOptions, TxnOp,
+    WatchOptions,
+};
+use std::time::Duration;
 
+/// Bytes of one answer to a range: the largest page is far below, and gRPC's limit above.
+const RANGE_KEYS: i64 = 64;
+/// etcd's limit for a request is 1.5 MiB by default; answers may be larger.
+const MAX_ANSWER_BYTES: usize = 64 << 20;
+
+/// How to reach etcd.
+#[derive(Clone, Debug)]
+pub struct EtcdConfig {
+    /// `http://host:port` of the members.
+    pub endpoints: Vec<String>,
+    /// How long one request may take. Shorter than the node's lease, so that a member that hangs
+    /// is left for another one in time.
+    pub request_timeout: Duration,
+}
+
+impl EtcdConfig {
+    /// With the default time-out.
+    pub fn new(endpoints: Vec<String>) -> Self {
+        Self {
+            endpoints,
+            request_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+/// The store in etcd.
+#[derive(Clone)]
+pub struct EtcdStore {
+    client: Client,
+    request_timeout: Duration,
+}
+
+impl std::fmt::Debug for EtcdStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdStore").finish_non_exhaustive()
+    }
+}
+
+impl EtcdStore {
+    /// Connects lazily: an unreachable etcd shows at the first call.
+    pub async fn connect(config: &EtcdConfig) -> Result<Self, StoreError> {
+        let options = ConnectOptions::new()
+            .with_connect_timeout(Duration::from_secs(1))
+            .with_keep_alive(Duration::from_secs(1), Duration::from_secs(2))
+            .with_keep_alive_while_idle(true)
+            // A watch on a member that is cut off from the others ends instead of being silent.
+            .with_require_leader(true);
+        let client = Client::connect(&config.endpoints, Some(options))
+            .await
+            .map_err(read_error)?;
+        Ok(Self {
+            client,
+            request_timeout: config.request_timeout,
+        })
+    }
+
+    async fn read<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        match tokio::time::timeout(self.request_timeout, call).await {
+            Ok(result) => result.map_err(read_error),
+            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
+        }
+    }
+
+    async fn write<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        match tokio::time::timeout(self.request_timeout, call).await {
+            Ok(result) => result.map_err(write_error),
+            Err(_) => Err(StoreError::Ambiguous("no answer in time".into())),
+        }
+    }
+}
+
+fn read_error(error: Error) -> StoreError {
+    match error {
+        Error::GRpcStatus(status) => match status.code() {
+            tonic::Code::OutOfRange if status.message().contains("compacted") => StoreError::Compacted(0),
+            tonic::Code::NotFound if status.message().contains("lease") => StoreError::LeaseExpired(LeaseId(0)),
+            tonic::Code::InvalidArgument => StoreError::Refused(status.message().into()),
+            _ => StoreError::Unavailable(status.message().into()),
+        },
+        other => StoreError::Unavailable(other.to_string()),
+    }
+}
+
+fn write_error(error: Error) -> StoreError {
+    match error {
+        Error::GRpcStatus(status) => match status.code() {
+            tonic::Code::InvalidArgument => StoreError::Refused(status.message().into()),
+            tonic::Code::NotFound if status.message().contains("lease") => StoreError::LeaseExpired(LeaseId(0)),
+            tonic::Code::ResourceExhausted if status.message().contains("space") => {
+                StoreError::Full(status.message().into())
+            }
+            // Refused at the door, before raft.
+            tonic::Code::ResourceExhausted => StoreError::Unavailable(status.message().into()),
+            _ => StoreError::Ambiguous(status.message().into()),
+        },
+        other => StoreError::Ambiguous(other.to_string()),
+    }
+}
+
+fn with_lease(error: StoreError, lease: LeaseId) -> StoreError {
+    match error {
+        StoreError::LeaseExpired(_) => StoreError::LeaseExpired(lease),
+        other => other,
+    }
+}
+
+fn key_value(kv: &etcd_client::KeyValue) -> KeyValue {
+    KeyValue {
+        key: kv.key().to_vec(),
+        value: kv.value().to_vec(),
+        create_revision: kv.create_revision(),
+        mod_revision: kv.mod_revision(),
+    }
+}
+
+/// The first key after all that begin with `prefix`.
+fn prefix_end(prefix: &[u8]) -> Vec<u8> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if last < 0xff {
+            end.push(last + 1);
+            return end;
+        }
+    }
+    vec![0]
+}
+
+fn compare(condition: Condition) -> Compare {
+    match condition {
+        Condition::CreateRevision(key, revision) => Compare::create_revision(key, CompareOp::Equal, revision),
+        Condition::ModRevision(key, revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
+    }
+}
+
+fn operation(op: Op) -> TxnOp {
+    match op {
+        Op::Put { key, value, lease } => {
+            let options = lease.map(|lease| PutOptions::new().with_lease(lease.0));
+            TxnOp::put(key, value, options)
+        }
+        Op::Delete(key) => TxnOp::delete(key, None),
+        Op::DeleteRange(from, to) => TxnOp::delete(from, Some(DeleteOptions::new().with_range(to))),
+    }
+}
+
+#[async_trait]
+impl MetaStore for EtcdStore {
+    async fn get(&self, key: &[u8]) -> Result<Option<KeyValue>, StoreError> {
+        let mut client = self.client.kv_client();
+        let answer = self.read(client.get(key, None)).await?;
+        Ok(answer.kvs().first().map(key_value))
+    }
+
+    async fn range(&self, prefix: &[u8]) -> Result<(Vec<KeyValue>, Revision), StoreError> {
+        let end = prefix_end(prefix);
+        let mut from = prefix.to_vec();
+        let mut revision = 0;
+        let mut found = Vec::new();
+        loop {
+            let options = GetOptions::new()
+                .with_range(end.clone())
+                .with_limit(RANGE_KEYS)
+                .with_revision(revision);
+            let mut client = self.client.kv_client().max_decoding_message_size(MAX_ANSWER_BYTES);
+            let answer = self.read(client.get(from, Some(options))).await?;
+            if revision == 0 {
+                revision = answer
+                    .header()
+                    .map(|header| header.revision())
+                    .ok_or_else(|| StoreError::Unavailable("answer without a revision".into()))?;
+            }
+            found.extend(answer.kvs().iter().map(key_value));
+            match answer.kvs().last() {
+                Some(last) if answer.more() => {
+                    from = last.key().to_vec();
+                    from.push(0);
+                }
+                _ => return Ok((found, revision)),
+            }
+        }
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        let lease = txn.then.iter().find_map(|op| match op {
+            Op::Put { lease, .. } => *lease,
+            _ => None,
+        });
+        let request = etcd_client::Txn::new()
+            .when(txn.conditions.into_iter().map(compare).collect::<Vec<_>>())
+            .and_then(txn.then.into_iter().map(operation).collect::<Vec<_>>());
+        let mut client = self.client.kv_client();
+        let answer = self
+            .write(client.txn(request))
+            .await
+            .map_err(|error| with_lease(error, lease.unwrap_or(LeaseId(0))))?;
+        Ok(TxnOutcome {
+            succeeded: answer.succeeded(),
+            revision: answer.header().map_or(0, |header| header.revision()),
+        })
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+        let mut client = self.client.lease_client();
+        let seconds = ttl.as_secs_f64().ceil() as i64;
+        let answer = self.write(client.grant(seconds, None)).await?;
+        Ok(LeaseId(answer.id()))
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+        // A stream for one renewal (opening it sends and awaits one): a standing stream is bound to
+        // one member and would have to be watched for silence. At a renewal or two a second it
+        // costs nothing.
+        let mut client = self.client.lease_client();
+        match tokio::time::timeout(self.request_timeout, client.keep_alive(lease.0)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(Error::LeaseKeepAliveError(message))) if message.contains("not found") => {
+                Err(StoreError::LeaseExpired(lease))
+            }
+            Ok(Err(error)) => Err(with_lease(read_error(error), lease)),
+            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
+        }
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+        let mut client = self.client.lease_client();
+        match self.write(client.revoke(lease.0)).await {
+            Ok(_) | Err(StoreError::LeaseExpired(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn watch(&self, prefix: &[u8], from: Revision) -> Result<WatchStream, StoreError> {
+        let options = WatchOptions::new()
+            .with_range(prefix_end(prefix))
+            .with_start_revision(from);
+        let mut client = self.client.watch_client().max_decoding_message_size(MAX_ANSWER_BYTES);
+        let stream = self.read(client.watch(prefix, Some(options))).await?;
+        Ok(Box::pin(futures::stream::unfold(
+            Some(stream),
+            move |state| async move {
+                let mut stream = state?;
+                loop {
+                    let answer = match stream.message().await {
+                        Ok(Some(answer)) => answer,
+                        Ok(None) => return None,
+                        Err(error) => return Some((Err(read_error(error)), None)),
+                    };
+                    if answer.canceled() {
+                        let error = match answer.compact_revision() {
+                            0 => StoreError::Unavailable(format!("watch cancelled: {}", answer.cancel_reason())),
+                            revision => StoreError::Compacted(revision),
+                        };
+                        return Some((Err(error), None));
+                    }
+                    if answer.events().is_empty() {
+                        continue;
+                    }
+                    // The header may be ahead of the events of a watch that is catching up.
+                    let revision = answer
+                        .events()
+                        .last()
+                        .and_then(|event| Some(event.kv()?.mod_revision()));
+                    let events = answer
+                        .events()
+                        .iter()
+                        .filter_map(|event| {
+                            let kv = event.kv()?;
+                            Some(match event.event_type() {
+                                EventType::Put => Event::Put(key_value(kv)),
+                                EventType::Delete => Event::Delete(kv.key().to_vec()),
+                            })
+                        })
+                        .collect();
+                    let revision = revision.unwrap_or_default();
+                    return Some((Ok(WatchBatch { revision, events }), Some(stream)));
+                }
+            },
+        )))
+    }
+}

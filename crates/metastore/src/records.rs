@@ -25,11 +25,7 @@ struct Envelope<T> {
 
 /// The stored form of a record: JSON with its format version.
 pub fn encode<T: Serialize>(record: &T) -> Vec<u8> {
-    serde_json::to_vec(&Envelope {
-        format: FORMAT,
-        record,
-    })
-    .unwrap_or_default()
+    serde_json::to_vec(&Envelope { format: FORMAT, record }).unwrap_or_default()
 }
 
 /// Reads a stored record.
