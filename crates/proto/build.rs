@@ -6,11 +6,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "lazarette/meta.proto",
         "lazarette/chunk.proto",
         "lazarette/mount.proto",
+        "csi/csi.proto",
+        "kubelet/pluginregistration.proto",
     ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure()
-        .bytes(".")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
     Ok(())
 }

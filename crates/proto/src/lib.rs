@@ -30,5 +30,17 @@ pub mod mount {
     tonic::include_proto!("lazarette.mount.v1");
 }
 
+/// The Container Storage Interface: Identity, Controller and Node.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod csi {
+    tonic::include_proto!("csi.v1");
+}
+
+/// Registration of a plugin with the kubelet.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod registration {
+    tonic::include_proto!("pluginregistration");
+}
+
 /// Largest gRPC message that any side accepts, in bytes: the largest chunk and its framing.
 pub const MAX_MESSAGE_BYTES: usize = (64 << 20) + 4096;
