@@ -64,11 +64,14 @@ pub struct NodeRecord {
     pub failure_domain: String,
 }
 
-/// A running storage node; leased. Raised `incarnation` = the process was started anew.
+/// A running storage node; leased.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LivenessRecord {
     /// `host:port` of its gRPC services.
     pub address: String,
+    /// The lease that this hangs on. The node's next process, once it holds the disk's lock,
+    /// revokes it instead of waiting for its end.
+    pub lease: i64,
     /// Size of the disk in bytes.
     pub capacity_bytes: u64,
     /// Bytes of it in use.
@@ -84,6 +87,17 @@ pub struct OwnerRecord {
     pub address: String,
     /// The shard's epoch under this owner.
     pub epoch: u64,
+}
+
+/// What a volume holds; leased, reported by its owner every few seconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsageRecord {
+    /// Bytes counted against the quota.
+    pub used_bytes: u64,
+    /// Inodes, the root included.
+    pub used_inodes: u64,
+    /// Mounted clients.
+    pub sessions: u32,
 }
 
 /// A shard's configuration; outlives owners.
@@ -146,6 +160,10 @@ pub struct ReplicaSetRecord {
     /// The primary has not yet reconciled the in-sync members after a change of primary. It
     /// serves nothing until all of them agree; then it clears this.
     pub recovering: bool,
+    /// While `recovering`: any so many of `in_sync` hold together every acknowledged write, so
+    /// others may be given up. 0 otherwise.
+    #[serde(default)]
+    pub recovery_quorum: u32,
 }
 
 #[cfg(test)]

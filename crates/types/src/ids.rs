@@ -67,7 +67,7 @@ impl fmt::Display for ChunkId {
 pub struct Version {
     /// The replica set's epoch at the write.
     pub epoch: u64,
-    /// Counts the chunk's changes.
+    /// Grows with every change in the replica set, and is never used twice in an epoch.
     pub sequence: u64,
 }
 
