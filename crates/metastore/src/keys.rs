@@ -95,6 +95,16 @@ impl Keys {
         self.key(format_args!("own/{:016x}", volume.0))
     }
 
+    /// All volumes' usage.
+    pub fn usages(&self) -> Vec<u8> {
+        self.key(format_args!("use/"))
+    }
+
+    /// What a volume holds, as its owner last reported: a leased [`crate::UsageRecord`].
+    pub fn usage(&self, volume: VolumeId) -> Vec<u8> {
+        self.key(format_args!("use/{:016x}", volume.0))
+    }
+
     /// The keys of a volume's shard. A volume has one shard so far, with the volume's number.
     pub fn shard(&self, volume: VolumeId) -> ShardKey {
         ShardKey {

@@ -15,7 +15,7 @@ pub use keys::{Keys, ShardKey};
 pub use memory::MemoryStore;
 pub use records::{
     ClusterRecord, CoordinatorRecord, LivenessRecord, NodeRecord, OwnerRecord, RecordError, ReplicaSetRecord,
-    ShardRecord, VolumeRecord, VolumeState, decode, encode,
+    ShardRecord, UsageRecord, VolumeRecord, VolumeState, decode, encode,
 };
 pub use store::{
     Condition, Event, KeyValue, LeaseId, MetaStore, Op, Revision, StoreError, Txn, TxnOutcome, WatchBatch, WatchStream,

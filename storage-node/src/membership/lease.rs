@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// How long the store keeps this node's keys without a renewal.
-pub const TTL: Duration = Duration::from_secs(3);
+const TTL: Duration = Duration::from_secs(3);
 /// How often it is renewed.
 const RENEW_EVERY: Duration = Duration::from_millis(700);
 /// Serving stops so long before the store could give the lease up: covers the difference in speed
