@@ -5,8 +5,12 @@
 //! * [`lab`] joins them to a real multi-node Kubernetes on one machine;
 //! * [`image`] builds container images without a container engine.
 
+pub mod build;
 pub mod command;
 pub mod debian;
+pub mod image;
+pub mod lab;
+pub mod local;
 pub mod process;
 pub mod tools;
 mod wait;

@@ -1,6 +1,7 @@
 //! Go programs, built once from the pinned modules under `e2e/tools` into a cache.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -322,24 +323,27 @@ async fn build(tool: Tool, stamp: &str, index: usize, count: usize) -> Result<()
 
 /// Takes an exclusive lock on a file for as long as the result lives.
 pub(crate) async fn lock(path: &Path) -> Result<File> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    }
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
-        .with_context(|| format!("open {}", path.display()))?;
     let path = path.to_owned();
-    tokio::task::spawn_blocking(move || {
+    tokio::task::spawn_blocking(move || lock_blocking(&path).with_context(|| format!("lock {}", path.display())))
+        .await?
+}
+
+fn lock_blocking(path: &Path) -> Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    loop {
+        let file = File::options().create(true).truncate(false).write(true).open(path)?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             eprintln!("waiting for {}, which another command holds …", path.display());
-            flock(&file, FlockOperation::LockExclusive).with_context(|| format!("lock {}", path.display()))?;
+            flock(&file, FlockOperation::LockExclusive)?;
         }
-        Ok(file)
-    })
-    .await?
+        // The holder may have removed the file before it let go; then the lock is on a file that
+        // nobody else will find.
+        if fs::metadata(path).is_ok_and(|meta| file.metadata().is_ok_and(|own| own.ino() == meta.ino())) {
+            return Ok(file);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,101 @@
+//! Breaking things on purpose.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::Api;
+
+pub use rustix::process::Signal;
+
+use super::cgroup::Cgroups;
+use super::{Lab, host, network, node};
+
+impl Lab {
+    /// Sends a signal to the processes called `process` in a pod; returns their pids.
+    ///
+    /// The pod's containers are found through their control group, so this works while the API
+    /// server believes anything else. None found is an error.
+    pub async fn signal(&self, namespace: &str, pod: &str, process: &str, signal: Signal) -> Result<Vec<i32>> {
+        let group = self.pod_group(namespace, pod).await?;
+        let pids = host::signal_named(&Cgroups::discover()?, &group, process, signal)?;
+        ensure!(!pids.is_empty(), "no process {process} in pod {namespace}/{pod}");
+        Ok(pids)
+    }
+
+    /// Kills (SIGKILL) the processes called `process` in a pod; returns their pids.
+    pub async fn kill(&self, namespace: &str, pod: &str, process: &str) -> Result<Vec<i32>> {
+        self.signal(namespace, pod, process, Signal::KILL).await
+    }
+
+    /// The processes in a pod as this machine numbers them, without the one that holds the pod's
+    /// namespaces.
+    pub async fn pod_processes(&self, namespace: &str, pod: &str) -> Result<Vec<i32>> {
+        let group = self.pod_group(namespace, pod).await?;
+        Ok(Cgroups::discover()?
+            .processes(&group)
+            .iter()
+            .map(|process| process.pid)
+            .collect())
+    }
+
+    async fn pod_group(&self, namespace: &str, pod: &str) -> Result<String> {
+        let object = Api::<Pod>::namespaced(self.client().await?, namespace).get(pod).await?;
+        let uid = object.metadata.uid.context("a pod without uid")?;
+        let node = object
+            .spec
+            .and_then(|spec| spec.node_name)
+            .context("the pod is on no node yet")?;
+        let root = self.config().node(&node)?.cgroup();
+        let found = Cgroups::discover()?.find(&root, &format!("pod{uid}"));
+        found.with_context(|| format!("pod {namespace}/{pod} has no control group on {node}"))
+    }
+
+    /// Pulls a node's network cable.
+    pub async fn cut(&self, node: &str) -> Result<()> {
+        network::plug(&self.control()?, self.config().node(node)?, false).await
+    }
+
+    /// Plugs a node's network cable in again.
+    pub async fn heal(&self, node: &str) -> Result<()> {
+        network::plug(&self.control()?, self.config().node(node)?, true).await
+    }
+
+    /// Delays and drops what a node sends: `netem` arguments such as `["delay", "50ms", "loss",
+    /// "1%"]`; none to end it.
+    pub async fn disturb(&self, node: &str, netem: &[&str]) -> Result<()> {
+        let machine = self.machine(self.config().node(node)?)?;
+        let tc = || machine.enter("tc");
+        if netem.is_empty() {
+            tc()?.args(["qdisc", "delete", "dev", "eth0", "root"]).run().await?;
+        } else {
+            tc()?
+                .args(["qdisc", "replace", "dev", "eth0", "root", "netem"])
+                .args(netem)
+                .run()
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Pulls a node's plug: everything on it dies at once. Its disks keep what they have.
+    pub async fn stop_node(&self, node: &str) -> Result<()> {
+        self.machine(self.config().node(node)?)?
+            .kill()
+            .await
+            .with_context(|| format!("stop {node}"))
+    }
+
+    /// Starts a node that was stopped, and waits until it is Ready.
+    pub async fn start_node(&self, name: &str) -> Result<()> {
+        let node = self.config().node(name)?;
+        let machine = self.machine(node)?;
+        if !node::is_running(&machine) {
+            machine.kill().await?;
+            self.boot(node).await?;
+            node::start_kubernetes(self.config(), node, &machine).await?;
+        }
+        self.heal(name).await?;
+        self.wait_nodes(&[name.to_owned()], true, Duration::from_secs(90)).await
+    }
+}
