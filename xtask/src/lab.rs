@@ -28,8 +28,6 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Build the Go programs that the lab and the tests need into the cache
-    Tools,
     /// Build Lazarette's image from release binaries and import it into the lab's nodes
     Load {
         #[command(flatten)]
@@ -81,10 +79,6 @@ pub(crate) async fn run(command: Command) -> Result<()> {
             eprintln!("nothing of the lab is left");
         }
         Command::Status { place } => status(place.config()).await?,
-        Command::Tools => {
-            use tools::Tool;
-            tools::ensure(&[Tool::LAB, &[Tool::CsiSanity, Tool::Helm], Tool::SIDECARS].concat()).await?;
-        }
         Command::Load { place, binaries } => {
             let lab = Lab::attach(place.config()).await?;
             lab.load(&[image::lazarette(&binaries)?]).await?;

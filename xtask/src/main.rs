@@ -1,27 +1,54 @@
-//! The project's chores: `cargo xtask --help`.
+//! Developer commands: `cargo xtask <command>`.
 
+mod crds;
 mod lab;
+mod local;
+mod test;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use lazarette_e2e::tools::{self, Tool};
 
-#[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "The chores of the Lazarette project")]
-struct Args {
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Lazarette's developer commands")]
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Subcommand)]
 enum Command {
-    /// A real multi-node Kubernetes on this machine, empty
+    /// Run every test: unit, contract, local cluster, CSI and Kubernetes
+    Test(test::Args),
+    /// A cluster of plain processes, without Kubernetes
+    #[command(subcommand)]
+    Local(local::Command),
+    /// A bare Kubernetes of several nodes on this machine
     #[command(subcommand)]
     Lab(lab::Command),
+    /// Write the generated custom resource definitions to crds/ and the chart
+    Crds,
+    /// Build the programs that tests and the lab need (etcd, Kubernetes, …) into the cache
+    Tools,
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    match Args::parse().command {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("LAZARETTE_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match Cli::parse().command {
+        Command::Test(args) => test::run(args).await,
+        Command::Local(command) => local::run(command).await,
         Command::Lab(command) => lab::run(command).await,
+        Command::Crds => crds::write(),
+        Command::Tools => {
+            let all = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
+            tools::ensure(&all).await.map(drop)
+        }
     }
 }
