@@ -1,0 +1,10 @@
+//! What the tests and the demo do on a mounted volume. Everything here is plain POSIX: it passes
+//! on any local file system, and says what was lost or torn where it does not.
+
+mod append;
+mod steady;
+mod tree;
+
+pub use append::{Appended, append, check_appended};
+pub use steady::{Report, steady, verify};
+pub use tree::{copy_tree, hash_tree};
