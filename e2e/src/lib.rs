@@ -12,6 +12,7 @@ pub mod image;
 pub mod lab;
 pub mod local;
 pub mod process;
+pub mod story;
 pub mod tools;
 mod wait;
 

@@ -1,6 +1,7 @@
 //! Developer commands: `cargo xtask <command>`.
 
 mod crds;
+mod demo;
 mod lab;
 mod local;
 mod test;
@@ -18,6 +19,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show the main job: shared storage that survives the loss of any storage node
+    Demo(demo::Args),
     /// Run every test: unit, contract, local cluster, CSI and Kubernetes
     Test(test::Args),
     /// A cluster of plain processes, without Kubernetes
@@ -42,6 +45,7 @@ async fn main() -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match Cli::parse().command {
+        Command::Demo(args) => demo::run(args).await,
         Command::Test(args) => test::run(args).await,
         Command::Local(command) => local::run(command).await,
         Command::Lab(command) => lab::run(command).await,

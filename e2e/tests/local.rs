@@ -1,0 +1,159 @@
+//! The storage part on a local cluster of real processes: etcd, three storage nodes, mount daemons.
+#![allow(clippy::unwrap_used)]
+
+use lazarette_e2e::local::LocalCluster;
+use lazarette_e2e::story::{self, Mounts, Quiet};
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Command;
+
+/// A cluster in a temporary folder, stopped also when the test fails.
+struct Cluster {
+    inner: LocalCluster,
+    dir: Option<tempfile::TempDir>,
+}
+
+impl Cluster {
+    async fn up() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("lazarette-local-")
+            .tempdir_in("/var/tmp")
+            .unwrap();
+        let inner = LocalCluster::up(dir.path(), Some(3)).await.unwrap();
+        Self { inner, dir: Some(dir) }
+    }
+
+    async fn down(mut self) {
+        self.inner.wipe().await.unwrap();
+        self.dir.take();
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let Some(dir) = self.dir.take() else { return };
+        // The test has failed: stop everything, keep the logs.
+        let inner = self.inner.clone();
+        let stopping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(inner.down())
+        });
+        eprintln!(
+            "stopped: {:?}; logs are in {}",
+            stopping.join(),
+            dir.keep().join("logs").display()
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_story() {
+    let cluster = Cluster::up().await;
+    story::play(&cluster.inner, &Quiet).await.unwrap();
+    cluster.down().await;
+}
+
+#[tokio::test]
+async fn data_survives_a_restart_of_everything() {
+    let cluster = Cluster::up().await;
+    let mounts = Mounts::new(&cluster.inner, "kept", 1).await.unwrap();
+    let content = vec![42; 9 << 20];
+    fs::write(mounts.path(0, "file"), &content).unwrap();
+    fs::create_dir(mounts.path(0, "folder")).unwrap();
+    cluster.inner.down().await.unwrap();
+    assert_eq!(cluster.inner.processes().len(), 0);
+
+    let again = LocalCluster::up(cluster.inner.dir(), None).await.unwrap();
+    let mounts = Mounts::new(&again, "kept", 1).await.unwrap();
+    assert!(fs::read(mounts.path(0, "file")).unwrap() == content);
+    assert!(mounts.path(0, "folder").is_dir());
+    cluster.down().await;
+}
+
+#[tokio::test]
+async fn applications_work() {
+    let cluster = Cluster::up().await;
+    let mounts = Mounts::new(&cluster.inner, "apps", 2).await.unwrap();
+    let run = |program: &str, args: &[&str], client: usize| {
+        let output = Command::new(program)
+            .args(args)
+            .current_dir(mounts.path(client, ""))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let shell = |script: &str, client| run("sh", &["-ec", script], client);
+    let python = |script: &str, client| run("python3", &["-c", script], client);
+
+    shell(
+        "git init -q repo; cd repo; git config user.email a@b; git config user.name a; \
+         for i in $(seq 50); do echo $i > f$i; done; git add .; git commit -qm one",
+        0,
+    );
+    let log = shell(
+        "cd repo; git fsck --strict; git status --porcelain; git log --oneline | wc -l",
+        1,
+    );
+    assert_eq!(log.trim(), "1");
+
+    let sqlite = "import sqlite3
+d = sqlite3.connect('db')
+d.execute('create table if not exists t(a)')
+for i in range(100):
+  d.execute('insert into t values (?)', (i,)); d.commit()
+print(d.execute('select count(*) from t').fetchone()[0], d.execute('pragma integrity_check').fetchone()[0])";
+    assert_eq!(python(sqlite, 0).trim(), "100 ok");
+    assert_eq!(python(sqlite, 1).trim(), "200 ok");
+
+    let mapped = "import mmap
+f = open('m', 'w+b'); f.truncate(8192)
+m = mmap.mmap(f.fileno(), 8192)
+m[0:5] = b'hello'; m[8187:8192] = b'world'; m.flush(); m.close(); f.close()";
+    python(mapped, 0);
+    let content = fs::read(mounts.path(1, "m")).unwrap();
+    assert!(content.starts_with(b"hello") && content.ends_with(b"world") && content.len() == 8192);
+    cluster.down().await;
+}
+
+#[tokio::test]
+async fn clients_see_each_others_changes() {
+    let cluster = Cluster::up().await;
+    let mounts = Mounts::new(&cluster.inner, "shared", 2).await.unwrap();
+    let (a, b) = (|name: &str| mounts.path(0, name), |name: &str| mounts.path(1, name));
+
+    fs::write(a("f"), "one").unwrap();
+    assert_eq!(fs::read_to_string(b("f")).unwrap(), "one");
+    // Replaced by rename, the way editors do.
+    fs::write(b("new"), "second").unwrap();
+    fs::rename(b("new"), b("f")).unwrap();
+    assert_eq!(fs::read_to_string(a("f")).unwrap(), "second");
+    fs::write(b("f"), "3").unwrap();
+    assert_eq!(fs::read_to_string(a("f")).unwrap(), "3");
+
+    fs::hard_link(a("f"), a("g")).unwrap();
+    assert_eq!(fs::metadata(b("f")).unwrap().nlink(), 2);
+    std::os::unix::fs::symlink("g", b("s")).unwrap();
+    assert_eq!(fs::read_to_string(a("s")).unwrap(), "3");
+    fs::remove_file(a("f")).unwrap();
+    assert!(!b("f").exists());
+
+    // Truncated and grown again: the bytes between are zeros for everyone.
+    fs::write(a("t"), vec![1; 5 << 20]).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(b("t")).unwrap();
+    file.set_len(10).unwrap();
+    file.set_len(5 << 20).unwrap();
+    drop(file);
+    let content = fs::read(a("t")).unwrap();
+    assert!(content[..10].iter().all(|&byte| byte == 1) && content[10..].iter().all(|&byte| byte == 0));
+    assert_eq!(content.len(), 5 << 20);
+
+    // An open file outlives its name.
+    let open = fs::File::open(a("t")).unwrap();
+    fs::remove_file(b("t")).unwrap();
+    assert_eq!(open.metadata().unwrap().len(), 5 << 20);
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, 3).unwrap();
+    assert_eq!(byte, [1]);
+    cluster.down().await;
+}
