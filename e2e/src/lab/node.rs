@@ -194,6 +194,9 @@ state = "/run/containerd"
 
 [plugins."io.containerd.cri.v1.runtime"]
   disable_apparmor = true
+  # Lowering the score takes CAP_SYS_RESOURCE, which root in a container or sandbox often lacks;
+  # without this runc dies of it.
+  restrict_oom_score_adj = true
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["/usr/lib/cni"]
     conf_dir = "{}"

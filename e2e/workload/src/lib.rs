@@ -2,9 +2,11 @@
 //! on any local file system, and says what was lost or torn where it does not.
 
 mod append;
+mod bench;
 mod steady;
 mod tree;
 
 pub use append::{Appended, append, check_appended};
+pub use bench::{Amount, Row, measure};
 pub use steady::{Report, steady, verify};
 pub use tree::{copy_tree, hash_tree};
