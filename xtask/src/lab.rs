@@ -43,6 +43,9 @@ pub(crate) struct Place {
     /// Where the lab's state and logs live [default: /var/lib/lazarette-lab]
     #[arg(long, env = "LAZARETTE_LAB_DIR")]
     dir: Option<PathBuf>,
+    /// Number of the lab, if several run at the same time
+    #[arg(long, env = "LAZARETTE_LAB_INSTANCE", default_value_t = 0)]
+    instance: u8,
 }
 
 impl Place {

@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask <command>`.
 
+mod bench;
 mod crds;
 mod demo;
 mod lab;
@@ -23,6 +24,8 @@ enum Command {
     Demo(demo::Args),
     /// Run every test: unit, contract, local cluster, CSI and Kubernetes
     Test(test::Args),
+    /// Measure speed beside the local disk
+    Bench(bench::Args),
     /// A cluster of plain processes, without Kubernetes
     #[command(subcommand)]
     Local(local::Command),
@@ -47,6 +50,7 @@ async fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Demo(args) => demo::run(args).await,
         Command::Test(args) => test::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
         Command::Local(command) => local::run(command).await,
         Command::Lab(command) => lab::run(command).await,
         Command::Crds => crds::write(),
