@@ -108,7 +108,10 @@ mod tests {
         let first = merge(&[], &[finding(false, "a")], Some(1), t1);
         let second = merge(&first, &[finding(false, "b")], Some(2), t2);
         assert_eq!(second[0].last_transition_time, Time(t1));
-        assert_eq!((second[0].message.as_str(), second[0].observed_generation), ("b", Some(2)));
+        assert_eq!(
+            (second[0].message.as_str(), second[0].observed_generation),
+            ("b", Some(2))
+        );
         let third = merge(&second, &[finding(true, "c")], Some(2), t3);
         assert_eq!(third[0].last_transition_time, Time(t3));
         assert!(is_true(&third, ConditionType::Available));

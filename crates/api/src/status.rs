@@ -115,9 +115,6 @@ mod tests {
             u64::MAX,
         ]
         .map(human_bytes);
-        assert_eq!(
-            shown,
-            ["0", "1023", "1Ki", "1.5Ki", "1Gi", "12Gi", "1.1Ti", "16Ei"]
-        );
+        assert_eq!(shown, ["0", "1023", "1Ki", "1.5Ki", "1Gi", "12Gi", "1.1Ti", "16Ei"]);
     }
 }

@@ -1,0 +1,157 @@
+//! Brings the built objects into the cluster and removes those that are no longer wanted.
+
+use super::ValidCluster;
+use super::build::Objects;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{PersistentVolume, Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Client, Resource, ResourceExt};
+use lazarette_api::cluster_labels;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+/// The field manager of everything that the operator writes.
+pub const FIELD_MANAGER: &str = "lazarette-operator";
+
+/// An object could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {kind} {name}: {source}")]
+pub struct ApplyError {
+    /// `apply` or `delete`.
+    pub action: &'static str,
+    /// The object's kind.
+    pub kind: String,
+    /// The object's name.
+    pub name: String,
+    /// What the API server said.
+    #[source]
+    pub source: Box<kube::Error>,
+}
+
+/// What the API server made of the StatefulSets.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Applied {
+    /// With their status.
+    pub stateful_sets: Vec<StatefulSet>,
+}
+
+/// Applies all objects, then deletes the cluster's objects of the same kinds that are not among
+/// them. Does the same again without any effect.
+pub(super) async fn apply(client: &Client, cluster: &ValidCluster, objects: &Objects) -> Result<Applied, ApplyError> {
+    // A new field must be handled here.
+    let Objects {
+        service_accounts,
+        services,
+        network_policies,
+        disruption_budgets,
+        stateful_sets,
+        persistent_volumes,
+    } = objects;
+    for volume in persistent_volumes {
+        create(client, volume).await?;
+    }
+    apply_all(client, cluster, service_accounts).await?;
+    apply_all(client, cluster, services).await?;
+    apply_all(client, cluster, network_policies).await?;
+    apply_all(client, cluster, disruption_budgets).await?;
+    let stateful_sets = apply_all(client, cluster, stateful_sets).await?;
+
+    delete_orphans::<StatefulSet>(client, cluster, &stateful_sets).await?;
+    delete_orphans::<PodDisruptionBudget>(client, cluster, disruption_budgets).await?;
+    delete_orphans::<NetworkPolicy>(client, cluster, network_policies).await?;
+    delete_orphans::<Service>(client, cluster, services).await?;
+    delete_orphans::<ServiceAccount>(client, cluster, service_accounts).await?;
+    Ok(Applied { stateful_sets })
+}
+
+/// Objects that the operator makes within the cluster's namespace.
+pub(super) trait Owned:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+
+impl<K> Owned for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+
+async fn apply_all<K: Owned>(client: &Client, cluster: &ValidCluster, objects: &[K]) -> Result<Vec<K>, ApplyError> {
+    let api = Api::<K>::namespaced(client.clone(), &cluster.namespace);
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    let mut applied = Vec::with_capacity(objects.len());
+    for object in objects {
+        let name = object.name_any();
+        let result = api.patch(&name, &parameters, &Patch::Apply(object)).await;
+        applied.push(result.map_err(|source| error::<K>("apply", name, source))?);
+    }
+    Ok(applied)
+}
+
+/// A PersistentVolume is written once: from then on it belongs to Kubernetes' volume controller.
+async fn create(client: &Client, volume: &PersistentVolume) -> Result<(), ApplyError> {
+    let api = Api::<PersistentVolume>::all(client.clone());
+    let parameters = PostParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PostParams::default()
+    };
+    match api.create(&parameters, volume).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        Err(source) => Err(error::<PersistentVolume>("create", volume.name_any(), source)),
+    }
+}
+
+/// Lets a PersistentVolume bind to the next claim of the name that it names.
+pub(super) async fn offer_again(client: &Client, name: &str) -> Result<(), ApplyError> {
+    let api = Api::<PersistentVolume>::all(client.clone());
+    let patch = serde_json::json!({"spec": {"claimRef": {"uid": null, "resourceVersion": null}}});
+    let parameters = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    match api.patch(name, &parameters, &Patch::Merge(patch)).await {
+        Ok(_) => Ok(()),
+        Err(source) => Err(error::<PersistentVolume>("patch", name.to_owned(), source)),
+    }
+}
+
+async fn delete_orphans<K: Owned>(client: &Client, cluster: &ValidCluster, wanted: &[K]) -> Result<(), ApplyError> {
+    let api = Api::<K>::namespaced(client.clone(), &cluster.namespace);
+    let wanted: BTreeSet<String> = wanted.iter().map(ResourceExt::name_any).collect();
+    let selector = cluster_labels(&cluster.name);
+    let found = api
+        .list_metadata(&ListParams::default().labels(&selector))
+        .await
+        .map_err(|source| error::<K>("list", selector.clone(), source))?;
+    for object in found.items {
+        let name = object.name_any();
+        let ours = object.owner_references().iter().any(|o| o.uid == cluster.uid);
+        if wanted.contains(&name) || !ours || object.metadata.deletion_timestamp.is_some() {
+            continue;
+        }
+        let parameters = DeleteParams::background().preconditions(Preconditions {
+            uid: object.uid(),
+            resource_version: None,
+        });
+        match api.delete(&name, &parameters).await {
+            Ok(_) => tracing::info!(kind = %K::kind(&()), name, "deleted an object that is no longer wanted"),
+            Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => {}
+            Err(source) => return Err(error::<K>("delete", name, source)),
+        }
+    }
+    Ok(())
+}
+
+fn error<K: Resource<DynamicType = ()>>(action: &'static str, name: String, source: kube::Error) -> ApplyError {
+    ApplyError {
+        action,
+        kind: K::kind(&()).into_owned(),
+        name,
+        source: Box::new(source),
+    }
+}

@@ -1,0 +1,321 @@
+//! Reconciles a storage cluster: dereference → validate → build → apply → status. The steps
+//! `validate`, `build` and `status` are pure.
+
+mod apply;
+pub mod build;
+mod deletion;
+mod dereference;
+mod status;
+mod storage;
+mod validate;
+
+pub use apply::{ApplyError, FIELD_MANAGER};
+pub use build::build;
+pub use deletion::FINALIZER;
+pub use dereference::{Dereferenced, Pin};
+pub use validate::{Invalid, ValidCluster, validate};
+
+use crate::context::Context;
+use apply::{Applied, apply, offer_again};
+use build::Component;
+use deletion::{Decision, decide, is_forced};
+use dereference::{Rollout, dereference, rollout};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::runtime::controller::Action;
+use kube::runtime::events::{Event, EventType};
+use kube::{Api, Resource, ResourceExt};
+use lazarette_api::{ConditionType, StorageCluster, StorageClusterStatus, condition, label};
+use serde_json::json;
+use status::{Seen, is_unsettled, pod_problems};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Until the next look while something is under way or wrong.
+const UNSETTLED: Duration = Duration::from_secs(5);
+
+/// Until the next look at a healthy cluster; most changes are told by watches before.
+const SETTLED: Duration = Duration::from_secs(30);
+
+/// What the operator was installed with and a spec may leave open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Defaults {
+    /// Image of the storage nodes.
+    pub image: Option<String>,
+    /// Image of etcd.
+    pub etcd_image: Option<String>,
+    /// PriorityClass of both.
+    pub priority_class: Option<String>,
+}
+
+/// A reconciliation failed and is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    /// The API server refused or did not answer.
+    #[error("{0}: {1}")]
+    Kube(&'static str, #[source] Box<kube::Error>),
+    /// Objects could not be written; the status says so too.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
+impl ReconcileError {
+    fn at(step: &'static str) -> impl FnOnce(kube::Error) -> Self {
+        move |error| Self::Kube(step, Box::new(error))
+    }
+}
+
+/// Brings the world towards what the storage cluster asks for, and its status up to date.
+pub async fn reconcile(cluster: Arc<StorageCluster>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    let deleting = cluster.metadata.deletion_timestamp.is_some();
+    let held = cluster.finalizers().iter().any(|f| f == FINALIZER);
+    if deleting && !held {
+        return Ok(Action::await_change());
+    }
+    if !held {
+        add_finalizer(&cluster, &context).await?;
+        // The change itself brings us back, with the new object.
+        return Ok(Action::await_change());
+    }
+    let mut seen = bring_about(&cluster, &context).await;
+    observe(&cluster, &context, &mut seen).await?;
+    if deleting {
+        let volumes = if is_forced(&cluster) {
+            Ok(Vec::new())
+        } else {
+            storage::volumes(&context.storage_address(&cluster)).await
+        };
+        match decide(&cluster, seen.seen.storage.ready, volumes) {
+            Decision::Release(why) => {
+                let kind = if is_forced(&cluster) {
+                    EventType::Warning
+                } else {
+                    EventType::Normal
+                };
+                publish(&context, &cluster, kind, "Deleting", why).await;
+                remove_finalizer(&cluster, &context).await?;
+                return Ok(Action::await_change());
+            }
+            Decision::Hold(hold) => seen.seen.hold = Some(hold),
+        }
+    }
+    let status = status::status(&cluster, &seen.seen, Timestamp::now());
+    write_status(&cluster, &context, &status).await?;
+    match seen.error {
+        Some(error) => Err(error),
+        None if is_unsettled(&status) || deleting => Ok(Action::requeue(UNSETTLED)),
+        None => Ok(Action::requeue(SETTLED)),
+    }
+}
+
+/// What was seen, and the error that ends the reconciliation after the status was written.
+struct Outcome {
+    seen: Seen,
+    error: Option<ReconcileError>,
+}
+
+/// The steps that change things. Their failures belong into the status.
+async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
+    let mut outcome = Outcome {
+        seen: Seen {
+            mistakes: Vec::new(),
+            apply_error: None,
+            unsatisfied: Vec::new(),
+            etcd: Rollout::default(),
+            storage: Rollout::default(),
+            pod_problems: Vec::new(),
+            view: Err("not asked".to_owned()),
+            hold: None,
+        },
+        error: None,
+    };
+    let valid = match validate(cluster, &context.defaults) {
+        Ok(valid) => valid,
+        Err(mistakes) => {
+            outcome.seen.mistakes = mistakes.iter().map(ToString::to_string).collect();
+            return outcome;
+        }
+    };
+    if cluster.spec.paused {
+        return outcome;
+    }
+    match dereference_and_apply(&valid, context, &mut outcome.seen).await {
+        Ok(applied) => {
+            for set in &applied.stateful_sets {
+                let name = set.name_any();
+                if name == valid.etcd_name() {
+                    outcome.seen.etcd = rollout(Some(set));
+                } else if name == valid.storage_name() {
+                    outcome.seen.storage = rollout(Some(set));
+                }
+            }
+        }
+        Err(error) => {
+            outcome.seen.apply_error = Some(error.to_string());
+            outcome.error = Some(error);
+        }
+    }
+    outcome
+}
+
+async fn dereference_and_apply(
+    valid: &ValidCluster,
+    context: &Context,
+    seen: &mut Seen,
+) -> Result<Applied, ReconcileError> {
+    let known = dereference(&context.client, valid)
+        .await
+        .map_err(ReconcileError::at("read the cluster"))?;
+    seen.unsatisfied.clone_from(&known.unsatisfied);
+    let objects = build(valid, &known, &context.defaults);
+    let applied = apply(&context.client, valid, &objects).await?;
+    for volume in &known.released {
+        offer_again(&context.client, volume).await?;
+    }
+    Ok(applied)
+}
+
+/// Looks at pods and asks the storage nodes.
+async fn observe(
+    cluster: &StorageCluster,
+    context: &Context,
+    Outcome { seen, .. }: &mut Outcome,
+) -> Result<(), ReconcileError> {
+    let namespace = cluster.namespace().unwrap_or_default();
+    let name = cluster.name_any();
+    if !seen.storage.exists {
+        // Not applied this time: look at what is there.
+        let sets = Api::<StatefulSet>::namespaced(context.client.clone(), &namespace);
+        let read = async |component: Component| {
+            let set = sets.get_opt(&format!("{name}-{}", component.as_str())).await;
+            set.map(|set| rollout(set.as_ref()))
+        };
+        seen.etcd = read(Component::Etcd).await.map_err(ReconcileError::at("read etcd"))?;
+        seen.storage = read(Component::Storage)
+            .await
+            .map_err(ReconcileError::at("read the storage nodes"))?;
+    }
+    let selector = format!("{}=lazarette,{}={name}", label::NAME, label::INSTANCE);
+    let pods = Api::<Pod>::namespaced(context.client.clone(), &namespace)
+        .list(&ListParams::default().labels(&selector))
+        .await
+        .map_err(ReconcileError::at("read the pods"))?;
+    seen.pod_problems = pod_problems(&pods.items);
+    seen.view = storage::status(&context.storage_address(cluster))
+        .await
+        .map_err(|error| error.to_string());
+    Ok(())
+}
+
+fn api(cluster: &StorageCluster, context: &Context) -> Api<StorageCluster> {
+    Api::namespaced(context.client.clone(), &cluster.namespace().unwrap_or_default())
+}
+
+async fn add_finalizer(cluster: &StorageCluster, context: &Context) -> Result<(), ReconcileError> {
+    let mut finalizers = cluster.finalizers().to_vec();
+    finalizers.push(FINALIZER.to_owned());
+    patch_finalizers(cluster, context, &finalizers)
+        .await
+        .map_err(ReconcileError::at("add the finalizer"))
+}
+
+async fn remove_finalizer(cluster: &StorageCluster, context: &Context) -> Result<(), ReconcileError> {
+    let mut finalizers = cluster.finalizers().to_vec();
+    finalizers.retain(|f| f != FINALIZER);
+    match patch_finalizers(cluster, context, &finalizers).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => other.map_err(ReconcileError::at("remove the finalizer")),
+    }
+}
+
+/// The resource version makes the server refuse if someone else changed the list meanwhile.
+async fn patch_finalizers(
+    cluster: &StorageCluster,
+    context: &Context,
+    finalizers: &[String],
+) -> Result<(), kube::Error> {
+    let patch = json!({"metadata": {
+        "resourceVersion": cluster.resource_version(),
+        "finalizers": finalizers,
+    }});
+    let parameters = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    api(cluster, context)
+        .patch(&cluster.name_any(), &parameters, &Patch::Merge(patch))
+        .await
+        .map(|_| ())
+}
+
+async fn write_status(
+    cluster: &StorageCluster,
+    context: &Context,
+    status: &StorageClusterStatus,
+) -> Result<(), ReconcileError> {
+    if cluster.status.as_ref() == Some(status) {
+        return Ok(());
+    }
+    let patch = json!({
+        "apiVersion": StorageCluster::api_version(&()),
+        "kind": StorageCluster::kind(&()),
+        "metadata": {"name": cluster.name_any(), "uid": cluster.uid()},
+        "status": status,
+    });
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    api(cluster, context)
+        .patch_status(&cluster.name_any(), &parameters, &Patch::Apply(patch))
+        .await
+        .map_err(ReconcileError::at("write the status"))?;
+    for (kind, reason, note) in transitions(cluster.status.as_ref(), status) {
+        publish(context, cluster, kind, &reason, &note).await;
+    }
+    Ok(())
+}
+
+/// The events that tell of the changes between two statuses.
+fn transitions(old: Option<&StorageClusterStatus>, new: &StorageClusterStatus) -> Vec<(EventType, String, String)> {
+    let mut events = Vec::new();
+    for kind in ConditionType::ALL {
+        let Some(now) = condition(&new.conditions, kind) else {
+            continue;
+        };
+        let before = old.and_then(|status| condition(&status.conditions, kind));
+        let changed = match before {
+            Some(before) => before.status != now.status || before.reason != now.reason,
+            // The first status of a new cluster tells only what is so, not what is not.
+            None => now.status == "True",
+        };
+        if !changed {
+            continue;
+        }
+        let bad = match kind {
+            ConditionType::Available => now.status != "True" && now.reason != "Stopped",
+            ConditionType::Degraded => now.status == "True",
+            ConditionType::Progressing => now.reason.starts_with("Deletion"),
+            ConditionType::Paused => false,
+        };
+        let event_type = if bad { EventType::Warning } else { EventType::Normal };
+        events.push((event_type, now.reason.clone(), now.message.clone()));
+    }
+    events
+}
+
+/// Events are a courtesy: failing to write one is only logged.
+async fn publish(context: &Context, cluster: &StorageCluster, type_: EventType, reason: &str, note: &str) {
+    let event = Event {
+        type_,
+        reason: reason.to_owned(),
+        note: Some(note.to_owned()),
+        action: "Reconcile".to_owned(),
+        secondary: None,
+    };
+    if let Err(error) = context.recorder.publish(&event, &cluster.object_ref(&())).await {
+        tracing::warn!(%error, reason, "could not write an event");
+    }
+}
+
+#[cfg(test)]
+mod tests;

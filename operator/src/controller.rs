@@ -1,0 +1,115 @@
+//! The control loop around the reconciliation.
+
+use crate::cluster::{ReconcileError, reconcile};
+use crate::context::Context;
+use futures::StreamExt;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::runtime::controller::{Action, Config};
+use kube::runtime::{Controller, watcher};
+use kube::{Api, ResourceExt};
+use lazarette_api::{StorageCluster, label};
+use lazarette_telemetry::Registry;
+use lazarette_telemetry::metrics::{counter::Counter, gauge::Gauge};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the operator counts.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    /// Reconciliations that came to their end.
+    pub reconciles: Counter,
+    /// Reconciliations that failed and are tried again.
+    pub failures: Counter,
+    /// 1 while this process is the leader.
+    pub leader: Gauge,
+}
+
+impl Metrics {
+    /// Metrics that are part of `registry`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let Self {
+            reconciles,
+            failures,
+            leader,
+        } = metrics.clone();
+        registry.register(
+            "lazarette_operator_reconciles",
+            "Reconciliations that came to their end",
+            reconciles,
+        );
+        registry.register(
+            "lazarette_operator_reconcile_failures",
+            "Reconciliations that failed and are tried again",
+            failures,
+        );
+        registry.register(
+            "lazarette_operator_leader",
+            "1 while this process is the leader",
+            leader,
+        );
+        metrics
+    }
+}
+
+/// Reconciles all storage clusters until `shutdown` is ready; what is under way is finished first.
+pub async fn run(context: Arc<Context>, metrics: Metrics, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
+    let client = context.client.clone();
+    let owned = || watcher::Config::default().labels(&format!("{}=lazarette-operator", label::MANAGED_BY));
+    Controller::new(Api::<StorageCluster>::all(client.clone()), watcher::Config::default())
+        // A rollout makes many changes at once.
+        .with_config(Config::default().debounce(Duration::from_millis(200)).concurrency(4))
+        .owns(Api::<StatefulSet>::all(client.clone()), owned())
+        .owns(Api::<Service>::all(client.clone()), owned())
+        .owns(Api::<ServiceAccount>::all(client.clone()), owned())
+        .owns(Api::<NetworkPolicy>::all(client.clone()), owned())
+        .owns(Api::<PodDisruptionBudget>::all(client), owned())
+        .graceful_shutdown_on(shutdown)
+        .run(
+            move |cluster, context: Arc<Context>| {
+                let metrics = metrics.clone();
+                async move {
+                    let result = reconcile(Arc::clone(&cluster), Arc::clone(&context)).await;
+                    match &result {
+                        Ok(_) => {
+                            context.succeeded(&cluster);
+                            metrics.reconciles.inc();
+                        }
+                        Err(_) => {
+                            metrics.failures.inc();
+                        }
+                    }
+                    result
+                }
+            },
+            failed,
+            context,
+        )
+        .for_each(|result| async move {
+            // Failed reconciliations are logged where they are handled; this is about watches.
+            if let Err(
+                error @ (kube::runtime::controller::Error::QueueError(_)
+                | kube::runtime::controller::Error::RunnerError(_)),
+            ) = result
+            {
+                tracing::warn!(%error, "a watch failed and is tried again");
+            }
+        })
+        .await;
+}
+
+fn failed(cluster: Arc<StorageCluster>, error: &ReconcileError, context: Arc<Context>) -> Action {
+    let wait = context.failed(&cluster);
+    tracing::warn!(
+        namespace = cluster.namespace().unwrap_or_default(),
+        cluster = cluster.name_any(),
+        error = error as &dyn std::error::Error,
+        retry_in = ?wait,
+        "reconciliation failed"
+    );
+    Action::requeue(wait)
+}

@@ -1,0 +1,12 @@
+//! The operator: keeps etcd, storage nodes and everything around them as StorageClusters ask.
+//!
+//! Nothing depends on it to serve I/O: it may be away at any time.
+
+pub mod cluster;
+mod context;
+mod controller;
+mod leader;
+
+pub use context::Context;
+pub use controller::{Metrics, run};
+pub use leader::{Leadership, Timing};
