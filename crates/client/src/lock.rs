@@ -1,0 +1,291 @@
+//! Advisory locks, granted by the owner, held by the session.
+
+use crate::backoff::Backoff;
+use crate::inode::Inode;
+use crate::volume::Inner;
+use crate::{Entry, Error, File, Result};
+use lazarette_proto::meta::{Lock, LockKind, LockMode, LockRange, TestLock, request::Op, response};
+use lazarette_types::ErrorCode;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// How long the owner holds a request for a lock that another has.
+const WAIT_MS: u32 = 1000;
+
+/// Last byte of a range that covers everything.
+const EVERYTHING: u64 = i64::MAX as u64;
+
+/// Who holds a lock, within the session: the kernel's id of an open file or of a process's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockOwner(pub u64);
+
+/// The locks that this client holds on an inode, by kind and owner: sorted, no overlaps.
+#[derive(Debug, Default)]
+pub(crate) struct Held(HashMap<(i32, u64), Vec<Piece>>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    start: u64,
+    end: u64,
+    mode: i32,
+}
+
+impl Held {
+    fn any(&self, kind: LockKind, owner: LockOwner) -> bool {
+        self.0.contains_key(&(kind.into(), owner.0))
+    }
+
+    /// Notes a granted change and returns what was held in its range before.
+    fn set(&mut self, range: &LockRange) -> Vec<Piece> {
+        let key = (range.kind, range.owner);
+        let pieces = self.0.entry(key).or_default();
+        let mut before = Vec::new();
+        let mut after = Vec::new();
+        for piece in pieces.drain(..) {
+            if piece.end < range.start || piece.start > range.end {
+                after.push(piece);
+                continue;
+            }
+            before.push(Piece {
+                start: piece.start.max(range.start),
+                end: piece.end.min(range.end),
+                ..piece
+            });
+            if piece.start < range.start {
+                after.push(Piece {
+                    end: range.start - 1,
+                    ..piece
+                });
+            }
+            if piece.end > range.end {
+                after.push(Piece {
+                    start: range.end + 1,
+                    ..piece
+                });
+            }
+        }
+        if range.mode() != LockMode::Unlock {
+            after.push(Piece {
+                start: range.start,
+                end: range.end,
+                mode: range.mode,
+            });
+        }
+        after.sort_by_key(|piece| piece.start);
+        *pieces = after;
+        if pieces.is_empty() {
+            self.0.remove(&key);
+        }
+        before
+    }
+}
+
+/// A lock that the owner has granted. Unless kept, it is undone: the waiter has gone away.
+struct Grant {
+    inner: Arc<Inner>,
+    inode: Arc<Inode>,
+    range: LockRange,
+    before: Vec<Piece>,
+    kept: bool,
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let inner = self.inner.clone();
+        let inode = self.inode.clone();
+        let steps = undo(&self.range, &self.before);
+        let tracker = inner.work.clone();
+        tracker.spawn_on(
+            async move {
+                for range in steps {
+                    if let Err(error) = ask(&inner, &inode, range, 0).await {
+                        tracing::warn!(%error, ino = inode.ino, "cannot undo a lock whose waiter has gone");
+                    }
+                }
+            },
+            &runtime,
+        );
+    }
+}
+
+/// What brings a range back to what was held before.
+fn undo(range: &LockRange, before: &[Piece]) -> Vec<LockRange> {
+    let mut steps = Vec::new();
+    let mut at = range.start;
+    for piece in before {
+        if piece.start > at {
+            steps.push(LockRange {
+                start: at,
+                end: piece.start - 1,
+                mode: LockMode::Unlock.into(),
+                ..*range
+            });
+        }
+        if piece.mode != range.mode {
+            steps.push(LockRange {
+                start: piece.start,
+                end: piece.end,
+                mode: piece.mode,
+                ..*range
+            });
+        }
+        at = piece.end.saturating_add(1);
+    }
+    if at <= range.end {
+        steps.push(LockRange {
+            start: at,
+            mode: LockMode::Unlock.into(),
+            ..*range
+        });
+    }
+    steps
+}
+
+async fn ask(inner: &Inner, inode: &Inode, range: LockRange, wait_ms: u32) -> Result<Vec<Piece>> {
+    let lock = Lock {
+        ino: inode.ino,
+        range: Some(range),
+        wait_ms,
+    };
+    inner.call(Op::Lock(lock)).await?;
+    Ok(inode.state().held.set(&range))
+}
+
+impl File {
+    /// Takes, changes or (mode Unlock) releases a lock. With `wait`, waits as long as it takes:
+    /// drop the future to give up, the lock is then not held. Otherwise WouldBlock.
+    ///
+    /// What was written is flushed before a lock is released, and the attributes returned are
+    /// from after the lock was taken.
+    pub async fn lock(&self, range: LockRange, wait: bool) -> Result<Entry> {
+        if range.kind() == LockKind::Unspecified || range.mode() == LockMode::Unspecified || range.start > range.end {
+            return Err(Error::new(ErrorCode::InvalidArgument, "malformed lock range"));
+        }
+        if range.mode() == LockMode::Unlock {
+            // A failed flush is reported by fsync and close; the lock is released all the same.
+            let _ = self.volume.inner.flush(&self.inode).await;
+            ask(&self.volume.inner, &self.inode, range, 0).await?;
+            return Ok(Entry {
+                attr: self.attr(),
+                ttl: std::time::Duration::ZERO,
+            });
+        }
+        let mut backoff = Backoff::new();
+        let mut grant = loop {
+            let (sender, receiver) = oneshot::channel();
+            let inner = self.volume.inner.clone();
+            let inode = self.inode.clone();
+            self.volume.inner.work.spawn(async move {
+                let wait_ms = if wait { WAIT_MS } else { 0 };
+                let answer = ask(&inner, &inode, range, wait_ms).await.map(|before| Grant {
+                    inner,
+                    inode,
+                    range,
+                    before,
+                    kept: false,
+                });
+                // If nobody receives it, the grant is dropped and thereby undone.
+                let _ = sender.send(answer);
+            });
+            let answer = receiver
+                .await
+                .map_err(|_| Error::new(ErrorCode::Internal, "lock task failed"))?;
+            match answer {
+                Ok(grant) => break grant,
+                Err(error) if error.code() == ErrorCode::WouldBlock && wait => {
+                    self.volume.inner.lease.unless_dead(backoff.wait()).await?;
+                    backoff = Backoff::new();
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        let entry = self.volume.get_attr(self.ino()).await?;
+        grant.kept = true;
+        Ok(entry)
+    }
+
+    /// The lock that stands in the way of this one, if any.
+    pub async fn test_lock(&self, range: LockRange) -> Result<Option<LockRange>> {
+        let test = TestLock {
+            ino: self.ino(),
+            range: Some(range),
+        };
+        match self.volume.inner.call(Op::TestLock(test)).await?.result {
+            Some(response::Result::Conflict(conflict)) => Ok(Some(conflict)),
+            Some(response::Result::Done(_)) => Ok(None),
+            _ => Err(Error::malformed("no lock")),
+        }
+    }
+
+    /// Releases all locks of one kind that an owner has through this client; asks nobody if there
+    /// are none.
+    pub async fn unlock_all(&self, kind: LockKind, owner: LockOwner) -> Result<()> {
+        if !self.inode.state().held.any(kind, owner) {
+            return Ok(());
+        }
+        let range = LockRange {
+            kind: kind.into(),
+            mode: LockMode::Unlock.into(),
+            owner: owner.0,
+            start: 0,
+            end: EVERYTHING,
+            pid: 0,
+        };
+        self.lock(range, false).await.map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64, mode: LockMode) -> LockRange {
+        LockRange {
+            kind: LockKind::Posix.into(),
+            mode: mode.into(),
+            owner: 1,
+            start,
+            end,
+            pid: 0,
+        }
+    }
+
+    fn modes(held: &Held, bytes: u64) -> Vec<i32> {
+        let pieces = held.0.values().next().cloned().unwrap_or_default();
+        (0..bytes)
+            .map(|at| {
+                pieces
+                    .iter()
+                    .find(|piece| piece.start <= at && at <= piece.end)
+                    .map_or(0, |piece| piece.mode)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn undo_restores_what_was_held() {
+        let mut held = Held::default();
+        held.set(&range(2, 4, LockMode::Shared));
+        held.set(&range(6, 7, LockMode::Exclusive));
+        held.set(&range(9, 20, LockMode::Shared));
+        let was = modes(&held, 24);
+        for (start, end) in [(0, 10), (3, 3), (5, 5), (4, 6), (0, 23), (21, 22)] {
+            let taken = range(start, end, LockMode::Exclusive);
+            let before = held.set(&taken);
+            assert_eq!(modes(&held, 24)[start as usize], i32::from(LockMode::Exclusive));
+            for step in undo(&taken, &before) {
+                held.set(&step);
+            }
+            assert_eq!(modes(&held, 24), was, "after [{start}, {end}]");
+        }
+        held.set(&range(0, EVERYTHING, LockMode::Unlock));
+        assert!(!held.any(LockKind::Posix, LockOwner(1)));
+    }
+}

@@ -1,0 +1,277 @@
+//! Operations on names and attributes.
+
+use crate::{Error, Result, Volume};
+use bytes::Bytes;
+use lazarette_proto::meta::{
+    Attr, Create, DirEntry, GetAttr, GetXattr, Kind, Link, ListXattr, Lookup, ReadDir, ReadLink, RemoveXattr, Rename,
+    Response, RmDir, SetAttr, SetXattr, StatFs, StatFsReply, Unlink, request::Op, response,
+};
+use lazarette_types::{ErrorCode, FILE_SIZE_MAX, NAME_MAX};
+use std::time::Duration;
+
+/// An inode's attributes, and how long they (and the name that led to them) hold without asking
+/// again: zero while other clients have the volume mounted.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// As seen on this client: size and times include writes that are not flushed yet.
+    pub attr: Attr,
+    /// Until when caches may use them.
+    pub ttl: Duration,
+}
+
+/// What [`Volume::make`] creates.
+#[derive(Clone, Debug)]
+pub struct NewNode {
+    /// File, directory, symbolic link or special file.
+    pub kind: Kind,
+    /// Permission bits, the umask applied.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group (of a directory with set-gid, the owner of the metadata gives that one's instead).
+    pub gid: u32,
+    /// Of a device file.
+    pub rdev: u32,
+    /// Of a symbolic link.
+    pub target: Bytes,
+}
+
+/// Changes of attributes; what is None stays.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SetAttributes {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Size in bytes: truncates or extends with zeros.
+    pub size: Option<u64>,
+    /// Nanoseconds since the Unix epoch.
+    pub atime: Option<i64>,
+    /// Nanoseconds since the Unix epoch.
+    pub mtime: Option<i64>,
+    /// Nanoseconds since the Unix epoch.
+    pub ctime: Option<i64>,
+}
+
+/// Whether an extended attribute may, must or must not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XattrMode {
+    /// Create or replace.
+    Set,
+    /// Fail if it exists.
+    Create,
+    /// Fail if it does not.
+    Replace,
+}
+
+pub(crate) fn checked_name(name: &[u8]) -> Result<Bytes> {
+    if name.len() > NAME_MAX {
+        return Err(Error::new(
+            ErrorCode::NameTooLong,
+            format!("name of {} bytes; at most {NAME_MAX}", name.len()),
+        ));
+    }
+    Ok(Bytes::copy_from_slice(name))
+}
+
+pub(crate) fn ttl(response: &Response) -> Duration {
+    Duration::from_millis(u64::from(response.cache_ttl_ms))
+}
+
+impl Volume {
+    /// The entry of a reply that carries attributes, in the local view.
+    pub(crate) fn entry(&self, response: Response) -> Result<Entry> {
+        let ttl = ttl(&response);
+        let Some(response::Result::Attr(attr)) = response.result else {
+            return Err(Error::malformed("no attributes"));
+        };
+        let attr = match self.inner.inode(attr.ino) {
+            Some(inode) => inode.state().learn(attr),
+            None => attr,
+        };
+        Ok(Entry { attr, ttl })
+    }
+
+    /// Finds a name.
+    pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Entry> {
+        let name = checked_name(name)?;
+        self.entry(self.inner.call(Op::Lookup(Lookup { parent, name })).await?)
+    }
+
+    /// An inode's attributes, asked from the owner.
+    pub async fn get_attr(&self, ino: u64) -> Result<Entry> {
+        self.entry(self.inner.call(Op::GetAttr(GetAttr { ino })).await?)
+    }
+
+    /// Changes attributes. A new size or modification time applies after everything written
+    /// before, which is flushed first.
+    pub async fn set_attr(&self, ino: u64, set: SetAttributes) -> Result<Entry> {
+        if set.size.is_some_and(|size| size > FILE_SIZE_MAX) {
+            return Err(Error::new(
+                ErrorCode::FileTooBig,
+                format!("at most {FILE_SIZE_MAX} bytes"),
+            ));
+        }
+        let op = Op::SetAttr(SetAttr {
+            ino,
+            mode: set.mode,
+            uid: set.uid,
+            gid: set.gid,
+            size: set.size,
+            atime: set.atime,
+            mtime: set.mtime,
+            ctime: set.ctime,
+        });
+        let inode = match self.inner.inode(ino) {
+            Some(inode) if set.size.is_some() || set.mtime.is_some() => inode,
+            _ => return self.entry(self.inner.call(op).await?),
+        };
+        // On a task of its own: cancelled half-way, a truncation must not let a flush through that
+        // would bring the bytes back.
+        let volume = self.clone();
+        let task = self.inner.work.spawn(async move {
+            let _turn = inode.turn.clone().lock_owned().await;
+            if let Some(size) = set.size {
+                volume.inner.discard_from(&inode, size);
+            }
+            volume.inner.flush_in_turn(&inode).await;
+            let response = volume.inner.call(op).await?;
+            inode.state().content += 1;
+            volume.entry(response)
+        });
+        task.await
+            .map_err(|_| Error::new(ErrorCode::Internal, "set-attributes task failed"))?
+    }
+
+    /// A symbolic link's target.
+    pub async fn read_link(&self, ino: u64) -> Result<Bytes> {
+        match self.inner.call(Op::ReadLink(ReadLink { ino })).await?.result {
+            Some(response::Result::Bytes(target)) => Ok(target),
+            _ => Err(Error::malformed("no link target")),
+        }
+    }
+
+    /// Entries after the cookie (0: from the start; "." and ".." are not listed), at most `limit`,
+    /// and whether they are the last. Their attributes hold for the duration.
+    pub async fn read_dir(&self, ino: u64, after: u64, limit: u32) -> Result<(Vec<DirEntry>, bool, Duration)> {
+        let response = self.inner.call(Op::ReadDir(ReadDir { ino, after, limit })).await?;
+        let ttl = ttl(&response);
+        let Some(response::Result::ReadDir(mut listing)) = response.result else {
+            return Err(Error::malformed("no directory listing"));
+        };
+        for entry in &mut listing.entries {
+            if let Some(attr) = entry.attr
+                && let Some(inode) = self.inner.inode(attr.ino)
+            {
+                entry.attr = Some(inode.state().learn(attr));
+            }
+        }
+        Ok((listing.entries, listing.end, ttl))
+    }
+
+    /// Creates something that is not opened. An existing name is an error.
+    pub async fn make(&self, parent: u64, name: &[u8], node: NewNode) -> Result<Entry> {
+        let op = create(parent, checked_name(name)?, node, true, false);
+        self.entry(self.inner.call(op).await?)
+    }
+
+    /// Removes a name of anything but a directory.
+    pub async fn unlink(&self, parent: u64, name: &[u8]) -> Result<()> {
+        let name = checked_name(name)?;
+        self.inner.call(Op::Unlink(Unlink { parent, name })).await?;
+        Ok(())
+    }
+
+    /// Removes an empty directory.
+    pub async fn rmdir(&self, parent: u64, name: &[u8]) -> Result<()> {
+        let name = checked_name(name)?;
+        self.inner.call(Op::RmDir(RmDir { parent, name })).await?;
+        Ok(())
+    }
+
+    /// Renames, replacing what is there unless `no_replace`; `exchange` swaps the two.
+    pub async fn rename(&self, from: (u64, &[u8]), to: (u64, &[u8]), no_replace: bool, exchange: bool) -> Result<()> {
+        let op = Op::Rename(Rename {
+            parent: from.0,
+            name: checked_name(from.1)?,
+            new_parent: to.0,
+            new_name: checked_name(to.1)?,
+            no_replace,
+            exchange,
+        });
+        self.inner.call(op).await?;
+        Ok(())
+    }
+
+    /// Adds a name to an inode.
+    pub async fn link(&self, ino: u64, new_parent: u64, new_name: &[u8]) -> Result<Entry> {
+        let op = Op::Link(Link {
+            ino,
+            new_parent,
+            new_name: checked_name(new_name)?,
+        });
+        self.entry(self.inner.call(op).await?)
+    }
+
+    /// The volume's size and use.
+    pub async fn stat_fs(&self) -> Result<StatFsReply> {
+        match self.inner.call(Op::StatFs(StatFs {})).await?.result {
+            Some(response::Result::StatFs(reply)) => Ok(reply),
+            _ => Err(Error::malformed("no file system statistics")),
+        }
+    }
+
+    /// An extended attribute's value.
+    pub async fn get_xattr(&self, ino: u64, name: &[u8]) -> Result<Bytes> {
+        let name = checked_name(name)?;
+        match self.inner.call(Op::GetXattr(GetXattr { ino, name })).await?.result {
+            Some(response::Result::Bytes(value)) => Ok(value),
+            _ => Err(Error::malformed("no attribute value")),
+        }
+    }
+
+    /// The names of an inode's extended attributes.
+    pub async fn list_xattr(&self, ino: u64) -> Result<Vec<Bytes>> {
+        match self.inner.call(Op::ListXattr(ListXattr { ino })).await?.result {
+            Some(response::Result::XattrNames(reply)) => Ok(reply.names),
+            _ => Err(Error::malformed("no attribute names")),
+        }
+    }
+
+    /// Sets an extended attribute.
+    pub async fn set_xattr(&self, ino: u64, name: &[u8], value: &[u8], mode: XattrMode) -> Result<()> {
+        let op = Op::SetXattr(SetXattr {
+            ino,
+            name: checked_name(name)?,
+            value: Bytes::copy_from_slice(value),
+            create_only: mode == XattrMode::Create,
+            replace_only: mode == XattrMode::Replace,
+        });
+        self.inner.call(op).await?;
+        Ok(())
+    }
+
+    /// Removes an extended attribute.
+    pub async fn remove_xattr(&self, ino: u64, name: &[u8]) -> Result<()> {
+        let name = checked_name(name)?;
+        self.inner.call(Op::RemoveXattr(RemoveXattr { ino, name })).await?;
+        Ok(())
+    }
+}
+
+pub(crate) fn create(parent: u64, name: Bytes, node: NewNode, exclusive: bool, open: bool) -> Op {
+    Op::Create(Create {
+        parent,
+        name,
+        kind: node.kind.into(),
+        mode: node.mode,
+        uid: node.uid,
+        gid: node.gid,
+        rdev: node.rdev,
+        target: node.target,
+        exclusive,
+        open,
+    })
+}

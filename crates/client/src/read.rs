@@ -1,0 +1,148 @@
+//! Reading: what the replica sets hold, with unflushed bytes over it.
+
+use crate::backoff::Backoff;
+use crate::flush::crc32c;
+use crate::inode::{Inode, State};
+use crate::session;
+use crate::volume::Inner;
+use crate::{Error, Result};
+use bytes::{Bytes, BytesMut};
+use lazarette_proto::chunk::{ChunkId, ReadRequest};
+use lazarette_types::{ErrorCode, spans};
+use std::time::Duration;
+
+const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// Bytes written here that the replica sets may not have yet, later ones winning.
+struct Overlay(Vec<(u64, Bytes)>);
+
+impl Overlay {
+    fn take(state: &State, offset: u64, end: u64) -> Self {
+        let flushing = state.flushing.iter().flat_map(|frozen| frozen.parts(offset, end));
+        let dirty = state.dirty.parts(offset, end);
+        Self(
+            flushing
+                .chain(dirty.map(|(at, part)| (at, Bytes::copy_from_slice(part))))
+                .collect(),
+        )
+    }
+
+    /// The whole range, if it is here in one part.
+    fn whole(&self, offset: u64, length: usize) -> Option<Bytes> {
+        let (at, part) = self.0.last()?;
+        (*at == offset && part.len() == length).then(|| part.clone())
+    }
+
+    fn apply(&self, offset: u64, buffer: &mut [u8]) {
+        for (at, part) in &self.0 {
+            let from = (at - offset) as usize;
+            buffer[from..from + part.len()].copy_from_slice(part);
+        }
+    }
+}
+
+impl Inner {
+    /// Bytes of a file from `offset`, `length` of them or fewer at the end of the file.
+    pub(crate) async fn read(&self, inode: &Inode, offset: u64, length: u32) -> Result<Bytes> {
+        self.lease.check()?;
+        // Taken before asking the replica sets: bytes flushed meanwhile are then in one or the other.
+        let (seed, end, stored, overlay) = {
+            let state = inode.state();
+            let view = state.view();
+            let end = view.size.min(offset.saturating_add(u64::from(length)));
+            if end <= offset {
+                return Ok(Bytes::new());
+            }
+            let overlay = Overlay::take(&state, offset, end);
+            (view.seed, end, state.attr().size, overlay)
+        };
+        let wanted = (end - offset) as usize;
+        if let Some(whole) = overlay.whole(offset, wanted) {
+            return Ok(whole);
+        }
+        // Beyond the size that the owner knows, nothing is stored.
+        let fetch = stored.min(end).saturating_sub(offset);
+        let parts: Vec<_> = spans(self.map().layout.chunk_size, offset, fetch).collect();
+        if overlay.0.is_empty()
+            && let [span] = parts[..]
+            && span.length as usize == wanted
+        {
+            let data = self
+                .read_chunk(inode.ino, seed, span.index, span.offset, span.length)
+                .await?;
+            if data.len() == wanted {
+                return Ok(data);
+            }
+            let mut buffer = BytesMut::zeroed(wanted);
+            buffer[..data.len()].copy_from_slice(&data);
+            return Ok(buffer.freeze());
+        }
+        let mut buffer = BytesMut::zeroed(wanted);
+        let reads = parts
+            .iter()
+            .map(|span| self.read_chunk(inode.ino, seed, span.index, span.offset, span.length));
+        for (span, data) in parts.iter().zip(futures::future::try_join_all(reads).await?) {
+            let at = span.start as usize;
+            buffer[at..at + data.len()].copy_from_slice(&data);
+        }
+        overlay.apply(offset, &mut buffer);
+        Ok(buffer.freeze())
+    }
+
+    /// Bytes of one chunk; fewer than asked for where the chunk ends.
+    async fn read_chunk(&self, ino: u64, seed: u32, index: u32, offset: u32, length: u32) -> Result<Bytes> {
+        let mut backoff = Backoff::new();
+        let mut maps = self.maps.subscribe();
+        loop {
+            let map = maps.borrow_and_update().clone();
+            let set = map.set_of(seed, index).0;
+            let error = match map
+                .sets
+                .get(&set)
+                .and_then(|set| Some((set.epoch, set.primary.as_ref()?)))
+            {
+                None => Error::new(ErrorCode::Unavailable, format!("replica set {set} has no primary")),
+                Some((epoch, primary)) => {
+                    let mut client = self.cluster.channels().chunk(primary)?;
+                    let request = ReadRequest {
+                        replica_set: set,
+                        epoch,
+                        chunk: Some(ChunkId {
+                            volume: self.id.0,
+                            ino,
+                            index,
+                        }),
+                        offset,
+                        length,
+                    };
+                    let attempt = async {
+                        tokio::select! {
+                            reply = client.read(request) => reply.map_err(Error::from),
+                            () = tokio::time::sleep(ATTEMPT) => Err(Error::new(ErrorCode::Unavailable, "no answer in time")),
+                            () = session::set_changed(&mut maps, set, &map) => Err(Error::new(ErrorCode::WrongEpoch, "the replica set has changed")),
+                        }
+                    };
+                    match self.lease.unless_dead(attempt).await? {
+                        Ok(reply) => {
+                            let reply = reply.into_inner();
+                            if reply.data.len() > length as usize {
+                                return Err(Error::malformed("more data than asked for"));
+                            }
+                            if crc32c(&reply.data) == reply.crc {
+                                return Ok(reply.data);
+                            }
+                            // The server verified what it read, so this happened on the way.
+                            Error::new(ErrorCode::Unavailable, "data damaged in transit")
+                        }
+                        Err(error) => error,
+                    }
+                }
+            };
+            if !error.retryable() {
+                return Err(error);
+            }
+            tracing::debug!(%error, ino, index, "read is tried again");
+            self.lease.unless_dead(self.pause(&map, &mut backoff)).await?;
+        }
+    }
+}

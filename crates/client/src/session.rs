@@ -1,0 +1,287 @@
+//! The session's upkeep: its lease, the map, and what happens when it ends.
+
+use crate::backoff::Backoff;
+use crate::map::Map;
+use crate::volume::Inner;
+use crate::{Error, Result};
+use lazarette_proto::meta::{CloseSessionRequest, KeepAliveRequest, OpenSessionRequest};
+use lazarette_types::ErrorCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+const ATTEMPT: Duration = Duration::from_secs(2);
+/// The owner makes a second session wait until what it granted to a sole one has run out.
+const OPEN_ATTEMPT: Duration = Duration::from_secs(10);
+const CLOSE: Duration = Duration::from_secs(5);
+
+/// Until when the owner surely has not ended this session. Counts time in suspend.
+#[derive(Debug, Default)]
+pub(crate) struct Lease {
+    /// CLOCK_BOOTTIME in milliseconds.
+    until: AtomicU64,
+    ttl_ms: AtomicU64,
+    renewed: Notify,
+    dead: CancellationToken,
+    reason: OnceLock<Error>,
+}
+
+/// Milliseconds of CLOCK_BOOTTIME.
+fn now_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
+}
+
+impl Lease {
+    /// The owner has answered a renewal that was sent at `sent`.
+    fn renew(&self, sent: u64) {
+        let until = sent + self.ttl_ms.load(Ordering::Relaxed);
+        self.until.fetch_max(until, Ordering::Relaxed);
+        self.renewed.notify_waiters();
+    }
+
+    fn ttl(&self) -> Duration {
+        Duration::from_millis(self.ttl_ms.load(Ordering::Relaxed).max(30))
+    }
+
+    /// Ends the session for this client: every later call fails.
+    pub(crate) fn kill(&self, error: Error) {
+        if self.reason.set(error).is_ok() {
+            self.dead.cancel();
+        }
+    }
+
+    /// Why the session has ended, if it has.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.reason.get() {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs a future unless the session ends first.
+    pub(crate) async fn unless_dead<T>(&self, future: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.dead.cancelled() => {
+                self.check()?;
+                Err(Error::new(ErrorCode::SessionExpired, "the session has ended"))
+            }
+            value = future => Ok(value),
+        }
+    }
+
+    /// Waits until the session surely exists. Data is only sent then: once the owner has ended a
+    /// session its locks pass to others, and late writes would overwrite theirs.
+    pub(crate) async fn held(&self) -> Result<()> {
+        loop {
+            let renewed = self.renewed.notified();
+            tokio::pin!(renewed);
+            renewed.as_mut().enable();
+            self.check()?;
+            if now_ms() < self.until.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            self.unless_dead(renewed).await?;
+        }
+    }
+}
+
+/// Opens the session at the owner, waiting for one as long as it takes.
+pub(crate) async fn open(inner: &Arc<Inner>) -> Result<u64> {
+    let mut backoff = Backoff::new();
+    loop {
+        let map = inner.map();
+        if let Some(owner) = &map.owner {
+            let sent = now_ms();
+            let mut client = inner.cluster.channels().meta(owner)?;
+            let request = OpenSessionRequest {
+                volume: inner.id.0,
+                session: inner.session.0,
+                client: inner.client.clone(),
+            };
+            let error = match tokio::time::timeout(OPEN_ATTEMPT, client.open_session(request)).await {
+                Ok(Ok(reply)) => {
+                    let reply = reply.into_inner();
+                    inner.lease.ttl_ms.store(u64::from(reply.ttl_ms), Ordering::Relaxed);
+                    inner.lease.renew(sent);
+                    return Ok(reply.owner_epoch);
+                }
+                Ok(Err(status)) => Error::from(status),
+                Err(_) => Error::new(ErrorCode::Unavailable, "no answer in time"),
+            };
+            if !error.retryable() {
+                return Err(error);
+            }
+            tracing::debug!(%error, owner, "cannot open the session yet");
+        }
+        inner.pause(&map, &mut backoff).await;
+    }
+}
+
+/// Renews the session until cancelled, and registers open inodes with each new owner.
+pub(crate) async fn keep_alive(inner: Arc<Inner>, mut registered: u64) {
+    let mut backoff = Backoff::new();
+    let mut maps = inner.maps.subscribe();
+    let mut due = tokio::time::Instant::now() + inner.lease.ttl() / 3;
+    loop {
+        let map = maps.borrow_and_update().clone();
+        let moved = map.owner_epoch != registered && map.owner.is_some();
+        if !moved && tokio::time::Instant::now() < due {
+            tokio::select! {
+                () = tokio::time::sleep_until(due) => {}
+                changed = maps.changed() => if changed.is_err() { return },
+            }
+            continue;
+        }
+        let error = match &map.owner {
+            None => Error::new(ErrorCode::Unavailable, "the volume has no owner"),
+            Some(owner) => match renew(&inner, owner, map.owner_epoch != registered).await {
+                Ok((epoch, complete)) => {
+                    backoff = Backoff::new();
+                    if epoch == registered || complete {
+                        registered = epoch;
+                        due = tokio::time::Instant::now() + inner.lease.ttl() / 3;
+                    } else {
+                        // A new owner that the map does not show yet: tell it what is open.
+                        match renew(&inner, owner, true).await {
+                            Ok((epoch, _)) => registered = epoch,
+                            Err(error) => tracing::debug!(%error, "cannot register open files yet"),
+                        }
+                    }
+                    if map.owner_epoch < registered {
+                        inner.refresh.notify_one();
+                        // The map is behind, not the registration: wait for it.
+                        let _ = tokio::time::timeout(backoff.delay(), maps.changed()).await;
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            },
+        };
+        if error.code() == ErrorCode::SessionExpired {
+            tracing::error!(
+                volume = inner.id.0,
+                session = inner.session.0,
+                "the owner has ended this session; writes that were not flushed are lost, remount the volume"
+            );
+            inner.lease.kill(error);
+            return;
+        }
+        tracing::debug!(%error, "cannot renew the session yet");
+        inner.pause(&map, &mut backoff).await;
+    }
+}
+
+/// One KeepAlive; gives the owner's epoch and whether the open inodes were sent.
+async fn renew(inner: &Inner, owner: &str, complete: bool) -> Result<(u64, bool)> {
+    let sent = now_ms();
+    let open_inodes = if complete { inner.open_inodes() } else { Vec::new() };
+    let mut client = inner.cluster.channels().meta(owner)?;
+    let request = KeepAliveRequest {
+        volume: inner.id.0,
+        session: inner.session.0,
+        open_inodes,
+        complete,
+    };
+    match tokio::time::timeout(ATTEMPT, client.keep_alive(request)).await {
+        Ok(Ok(reply)) => {
+            inner.lease.renew(sent);
+            Ok((reply.into_inner().owner_epoch, complete))
+        }
+        Ok(Err(status)) => Err(status.into()),
+        Err(_) => Err(Error::new(ErrorCode::Unavailable, "no answer in time")),
+    }
+}
+
+/// Ends the session at the owner, trying for a bounded time: the lease ends it otherwise.
+pub(crate) async fn close(inner: &Inner) {
+    let attempts = async {
+        let mut backoff = Backoff::new();
+        while inner.lease.check().is_ok() {
+            let map = inner.map();
+            if let Some(owner) = &map.owner
+                && let Ok(mut client) = inner.cluster.channels().meta(owner)
+            {
+                let request = CloseSessionRequest {
+                    volume: inner.id.0,
+                    session: inner.session.0,
+                };
+                match client.close_session(request).await.map_err(Error::from) {
+                    Ok(_) => return,
+                    Err(error) if !error.retryable() => {
+                        tracing::warn!(%error, session = inner.session.0, "cannot close the session");
+                        return;
+                    }
+                    Err(_) => {}
+                }
+            }
+            inner.pause(&map, &mut backoff).await;
+        }
+    };
+    if tokio::time::timeout(CLOSE, attempts).await.is_err() {
+        tracing::warn!(
+            session = inner.session.0,
+            "cannot reach the owner to close the session; it will run out"
+        );
+    }
+}
+
+/// Keeps the map current: a stream of changes, and a look-up whenever a request finds it stale.
+pub(crate) async fn keep_map(inner: Arc<Inner>) {
+    tokio::join!(follow(&inner), look_up(&inner));
+}
+
+async fn follow(inner: &Inner) {
+    let mut backoff = Backoff::new();
+    loop {
+        match inner.cluster.watch_map(inner.id).await {
+            Ok(mut stream) => {
+                while let Ok(Some(map)) = stream.message().await {
+                    backoff = Backoff::new();
+                    inner.learn_map(map);
+                }
+            }
+            Err(error) if error.code() == ErrorCode::VolumeNotFound => return volume_gone(inner, error),
+            Err(error) => tracing::warn!(%error, "cannot watch the cluster map"),
+        }
+        backoff.wait().await;
+    }
+}
+
+async fn look_up(inner: &Inner) {
+    /// However many requests wait for a newer map, the cluster is asked this often at most.
+    const SPACING: Duration = Duration::from_millis(25);
+    loop {
+        inner.refresh.notified().await;
+        match inner.cluster.map(inner.id).await {
+            Ok(map) => inner.learn_map(map),
+            Err(error) if error.code() == ErrorCode::VolumeNotFound => return volume_gone(inner, error),
+            Err(error) => tracing::warn!(%error, "cannot get the cluster map"),
+        }
+        tokio::time::sleep(SPACING).await;
+    }
+}
+
+fn volume_gone(inner: &Inner, error: Error) {
+    tracing::error!(volume = inner.id.0, "the volume was deleted while mounted");
+    inner.lease.kill(Error::new(ErrorCode::Stale, error.to_string()));
+}
+
+/// Resolves when the owner is another than in `seen`.
+pub(crate) async fn owner_changed(maps: &mut watch::Receiver<Arc<Map>>, seen: &Map) {
+    let changed = maps.wait_for(|map| map.owner_epoch != seen.owner_epoch || map.owner != seen.owner);
+    if changed.await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Resolves when the replica set's configuration is another than in `seen`.
+pub(crate) async fn set_changed(maps: &mut watch::Receiver<Arc<Map>>, set: u32, seen: &Map) {
+    let changed = maps.wait_for(|map| map.sets.get(&set) != seen.sets.get(&set));
+    if changed.await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
