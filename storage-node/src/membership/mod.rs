@@ -2,6 +2,8 @@
 
 mod join;
 mod lease;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use join::{JoinError, Registration, ensure_cluster};
