@@ -11,7 +11,7 @@ use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::Lab;
-use super::config::{DISK_CLASS, DISKS_PER_NODE, DNS_SERVICE, Node};
+use super::config::{DISK_CLASS, DISKS_PER_NODE, Node};
 use super::node::{DISKS, host_path};
 use crate::{Deadline, wait_for};
 
@@ -22,7 +22,7 @@ impl Lab {
     pub(super) async fn apply_dns(&self, image: &str) -> Result<()> {
         let manifest = include_str!("manifests/coredns.yaml")
             .replace("${IMAGE}", image)
-            .replace("${ADDRESS}", &DNS_SERVICE.to_string());
+            .replace("${ADDRESS}", &self.config().dns_service().to_string());
         self.apply(&manifest).await.context("apply CoreDNS")
     }
 

@@ -13,9 +13,6 @@ use rustix::process::Signal;
 
 use crate::process::Process;
 
-/// All of the lab's groups are below this one.
-pub(super) const ROOT: &str = "lz-lab";
-
 /// The trees of control groups of this machine.
 #[derive(Debug, Clone)]
 pub(super) struct Cgroups {

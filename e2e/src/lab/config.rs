@@ -10,24 +10,6 @@ use anyhow::{Result, ensure};
 /// Name of the machine that runs the control plane.
 pub const CONTROL_PLANE: &str = "control";
 
-/// Address of the API server (and of the bridge that joins the nodes).
-pub const CONTROL_PLANE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 1);
-
-/// This machine's address on the lab's bridge.
-pub const HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 254);
-
-/// Addresses of Services.
-pub const SERVICE_RANGE: &str = "10.215.0.0/16";
-
-/// Address of the Service `kubernetes`.
-pub(super) const KUBERNETES_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 215, 0, 1);
-
-/// Address of the cluster's name server.
-pub const DNS_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 215, 0, 10);
-
-/// Addresses of all pods.
-pub const POD_RANGE: &str = "10.214.0.0/16";
-
 /// StorageClass of the empty folders that stand for a node's disks.
 pub const DISK_CLASS: &str = "lab-disk";
 
@@ -41,6 +23,8 @@ pub struct LabConfig {
     pub dir: PathBuf,
     /// How many worker nodes.
     pub nodes: u8,
+    /// Labs with different numbers can run at the same time: their addresses and names differ.
+    pub instance: u8,
     /// Is told what happens, a short line at a time.
     pub progress: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -55,18 +39,36 @@ impl fmt::Debug for LabConfig {
 }
 
 impl Default for LabConfig {
-    /// Three nodes under `$LAZARETTE_LAB_DIR` or `/var/lib/lazarette-lab`, silent.
+    /// Three nodes in `$LAZARETTE_LAB_DIR` or `/var/lib/lazarette-lab`, silent.
     fn default() -> Self {
-        let dir = std::env::var_os("LAZARETTE_LAB_DIR").filter(|dir| !dir.is_empty());
-        Self {
-            dir: dir.map_or_else(|| PathBuf::from("/var/lib/lazarette-lab"), PathBuf::from),
-            nodes: 3,
-            progress: Arc::new(|_| {}),
+        let instance = std::env::var("LAZARETTE_LAB_INSTANCE")
+            .ok()
+            .and_then(|number| number.parse().ok());
+        let mut config = Self::numbered(instance.unwrap_or(0));
+        if let Some(dir) = std::env::var_os("LAZARETTE_LAB_DIR").filter(|dir| !dir.is_empty()) {
+            config.dir = dir.into();
         }
+        config
     }
 }
 
 impl LabConfig {
+    /// Three nodes of the lab with this number, in `/var/lib/lazarette-lab` or
+    /// `/var/lib/lazarette-lab-NUMBER`.
+    pub fn numbered(instance: u8) -> Self {
+        let suffix = if instance == 0 {
+            String::new()
+        } else {
+            format!("-{instance}")
+        };
+        Self {
+            dir: PathBuf::from(format!("/var/lib/lazarette-lab{suffix}")),
+            nodes: 3,
+            instance,
+            progress: Arc::new(|_| {}),
+        }
+    }
+
     /// Reports progress to `progress`.
     #[must_use]
     pub fn progress(mut self, progress: impl Fn(&str) + Send + Sync + 'static) -> Self {
@@ -91,6 +93,11 @@ impl LabConfig {
             "a lab has one to nine nodes, not {}",
             self.nodes
         );
+        ensure!(
+            self.instance <= 15,
+            "labs are numbered from 0 to 15, {} is too high",
+            self.instance
+        );
         ensure!(self.dir.is_absolute(), "{} is not an absolute path", self.dir.display());
         // The folder is deleted as a whole at the end.
         ensure!(
@@ -103,11 +110,12 @@ impl LabConfig {
 
     /// The worker nodes.
     pub fn node_names(&self) -> Vec<String> {
-        (1..=self.nodes).map(|index| Node { index }.name()).collect()
+        self.all_nodes().map(Node::name).collect()
     }
 
     pub(super) fn all_nodes(&self) -> impl Iterator<Item = Node> + use<> {
-        (1..=self.nodes).map(|index| Node { index })
+        let instance = self.instance;
+        (1..=self.nodes).map(move |index| Node { instance, index })
     }
 
     pub(super) fn node(&self, name: &str) -> Result<Node> {
@@ -139,7 +147,47 @@ impl LabConfig {
     }
 
     pub(super) fn api_server(&self) -> String {
-        format!("https://{CONTROL_PLANE_ADDRESS}:6443")
+        format!("https://{}:6443", self.control_plane_address())
+    }
+
+    /// Address of the API server (and of the bridge that joins the nodes).
+    pub fn control_plane_address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 213, self.instance, 1)
+    }
+
+    /// This machine's address on the lab's bridge.
+    pub fn host_address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 213, self.instance, 254)
+    }
+
+    /// Addresses of all pods.
+    pub fn pod_range(&self) -> String {
+        format!("10.214.{}.0/20", self.instance * 16)
+    }
+
+    /// Addresses of Services.
+    pub fn service_range(&self) -> String {
+        format!("10.215.{}.0/20", self.instance * 16)
+    }
+
+    /// Address of the Service `kubernetes`, the first of the range.
+    pub(super) fn kubernetes_service(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 215, self.instance * 16, 1)
+    }
+
+    /// Address of the cluster's name server.
+    pub fn dns_service(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 215, self.instance * 16, 10)
+    }
+
+    /// The control group that holds the whole lab.
+    pub(super) fn cgroup(&self) -> String {
+        format!("lz-lab{}", self.instance)
+    }
+
+    /// This machine's end of the cable to the lab.
+    pub(super) fn host_link(&self) -> String {
+        format!("lz-host{}", self.instance)
     }
 
     /// One command at a time changes the lab. Beside the folder, not in it, because the folder is
@@ -153,6 +201,7 @@ impl LabConfig {
 /// A worker node, numbered from one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Node {
+    instance: u8,
     pub(super) index: u8,
 }
 
@@ -162,20 +211,16 @@ impl Node {
     }
 
     pub(super) fn address(self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 213, 0, 10 + self.index)
+        Ipv4Addr::new(10, 213, self.instance, 10 + self.index)
     }
 
     pub(super) fn pod_range(self) -> String {
-        format!("10.214.{}.0/24", self.index)
+        format!("10.214.{}.0/24", self.instance * 16 + self.index)
     }
 
     /// The end of the node's cable at the bridge.
     pub(super) fn port(self) -> String {
         format!("lz-{}", self.name())
-    }
-
-    pub(super) fn cgroup(self) -> String {
-        format!("{}/{}", super::cgroup::ROOT, self.name())
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::config::{CONTROL_PLANE_ADDRESS, LabConfig, SERVICE_RANGE};
+use super::config::LabConfig;
 use super::machine::Machine;
 use super::pki::Pki;
 use crate::tools::Tool;
@@ -78,9 +78,9 @@ pub(super) async fn start(config: &LabConfig, control: &Machine) -> Result<()> {
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
             "--profiling=false",
         ])
-        .arg(format!("--bind-address={CONTROL_PLANE_ADDRESS}"))
-        .arg(format!("--advertise-address={CONTROL_PLANE_ADDRESS}"))
-        .arg(format!("--service-cluster-ip-range={SERVICE_RANGE}"))
+        .arg(format!("--bind-address={}", config.control_plane_address()))
+        .arg(format!("--advertise-address={}", config.control_plane_address()))
+        .arg(format!("--service-cluster-ip-range={}", config.service_range()))
         .arg(flag("client-ca-file", pki("ca.crt")))
         .arg(flag("tls-cert-file", pki("apiserver.crt")))
         .arg(flag("tls-private-key-file", pki("apiserver.key")))

@@ -46,8 +46,8 @@ impl Lab {
             .spec
             .and_then(|spec| spec.node_name)
             .context("the pod is on no node yet")?;
-        let root = self.config().node(&node)?.cgroup();
-        let found = Cgroups::discover()?.find(&root, &format!("pod{uid}"));
+        let machine = self.machine(self.config().node(&node)?)?;
+        let found = Cgroups::discover()?.find(machine.cgroup(), &format!("pod{uid}"));
         found.with_context(|| format!("pod {namespace}/{pod} has no control group on {node}"))
     }
 

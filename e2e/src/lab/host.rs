@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::cgroup::{self, Cgroups};
+use super::cgroup::Cgroups;
 use super::config::{CONTROL_PLANE, LabConfig};
 use super::network;
 use crate::process::{self, Process, write_atomically};
@@ -88,13 +88,13 @@ pub(super) async fn clean(config: &LabConfig) -> Result<()> {
     // Who got into a node's network namespace by other ways has to be found before the process
     // that holds the namespace is dead.
     let strangers = namespace_processes(config);
-    cgroups.kill(cgroup::ROOT).await?;
+    cgroups.kill(&config.cgroup()).await?;
     process::stop_all(&config.dir, Duration::ZERO).await?;
     for stranger in strangers {
         stranger.stop(Duration::ZERO).await?;
     }
-    network::disconnect_host().await?;
-    cgroups.remove(cgroup::ROOT).await?;
+    network::disconnect_host(config).await?;
+    cgroups.remove(&config.cgroup()).await?;
     restore(config)?;
     // Namespaces die asynchronously; a folder that is still a mount point must not be deleted
     // through.
@@ -102,7 +102,11 @@ pub(super) async fn clean(config: &LabConfig) -> Result<()> {
     wait_for(deadline, "the lab's mounts and links to vanish", || async {
         let left: Vec<_> = mounts(&config.dir)?;
         ensure!(left.is_empty(), "mounted: {}", left.join(", "));
-        ensure!(!network::host_link_exists(), "{} is still there", network::HOST_LINK);
+        ensure!(
+            !network::host_link_exists(config),
+            "{} is still there",
+            config.host_link()
+        );
         Ok(Some(()))
     })
     .await?;
@@ -115,13 +119,13 @@ pub(super) fn leftovers(config: &LabConfig) -> Result<Vec<String>> {
     let mut found = Vec::new();
     found.extend(
         cgroups
-            .existing(cgroup::ROOT)
+            .existing(&config.cgroup())
             .iter()
             .map(|folder| format!("cgroup {}", folder.display())),
     );
     found.extend(
         cgroups
-            .processes(cgroup::ROOT)
+            .processes(&config.cgroup())
             .iter()
             .map(|p| format!("process {}", p.pid)),
     );
@@ -131,8 +135,8 @@ pub(super) fn leftovers(config: &LabConfig) -> Result<Vec<String>> {
             .map(|(name, p)| format!("daemon {name} ({})", p.pid)),
     );
     found.extend(mounts(&config.dir)?.into_iter().map(|mount| format!("mount {mount}")));
-    if network::host_link_exists() {
-        found.push(format!("link {}", network::HOST_LINK));
+    if network::host_link_exists(config) {
+        found.push(format!("link {}", config.host_link()));
     }
     if config.dir.exists() {
         found.push(format!("folder {}", config.dir.display()));

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::cgroup::{self, Cgroups};
+use super::cgroup::Cgroups;
 use super::config::LabConfig;
 use crate::command::Cmd;
 use crate::process::{self, Daemon, Process};
@@ -21,13 +21,16 @@ use crate::{Deadline, cmd, wait_for};
 pub(super) struct Machine {
     name: String,
     state: PathBuf,
+    cgroup: String,
     cgroups: Cgroups,
 }
 
 impl Machine {
     pub(super) fn new(config: &LabConfig, name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
         Ok(Self {
-            name: name.into(),
+            cgroup: format!("{}/{name}", config.cgroup()),
+            name,
             state: config.dir.clone(),
             cgroups: Cgroups::discover()?,
         })
@@ -37,13 +40,14 @@ impl Machine {
         format!("{}.namespaces", self.name)
     }
 
-    fn cgroup(&self) -> String {
-        format!("{}/{}", cgroup::ROOT, self.name)
+    /// The control group that holds all of the machine's processes.
+    pub(super) fn cgroup(&self) -> &str {
+        &self.cgroup
     }
 
     fn system_cgroup(&self) -> String {
         // The unified tree allows processes in leaves only, and the kubelet puts groups beside.
-        format!("{}/system", self.cgroup())
+        format!("{}/system", self.cgroup)
     }
 
     /// Makes the namespaces.
@@ -121,7 +125,7 @@ impl Machine {
 
     /// Pulls the plug: everything inside dies at once.
     pub(super) async fn kill(&self) -> Result<()> {
-        self.cgroups.kill(&self.cgroup()).await?;
-        self.cgroups.remove(&self.cgroup()).await
+        self.cgroups.kill(&self.cgroup).await?;
+        self.cgroups.remove(&self.cgroup).await
     }
 }

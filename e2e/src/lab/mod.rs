@@ -24,10 +24,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Node as KubeNode;
 use kube::api::Api;
 
-pub use config::{
-    CONTROL_PLANE, CONTROL_PLANE_ADDRESS, DISK_CLASS, DISKS_PER_NODE, DNS_SERVICE, HOST_ADDRESS, LabConfig, POD_RANGE,
-    SERVICE_RANGE,
-};
+pub use config::{CONTROL_PLANE, DISK_CLASS, DISKS_PER_NODE, LabConfig};
 pub use fault::Signal;
 
 use crate::command::Cmd;

@@ -6,12 +6,9 @@
 
 use anyhow::{Context, Result};
 
-use super::config::{CONTROL_PLANE_ADDRESS, HOST_ADDRESS, LabConfig, Node};
+use super::config::{LabConfig, Node};
 use super::machine::Machine;
 use crate::cmd;
-
-/// This machine's end of the cable to the lab.
-pub(super) const HOST_LINK: &str = "lz-host";
 
 const BRIDGE: &str = "lz-bridge";
 const UPLINK: &str = "lz-uplink";
@@ -21,7 +18,7 @@ pub(super) async fn connect_control_plane(config: &LabConfig, control: &Machine)
     let mut batch = vec![
         "link set lo up".to_owned(),
         format!("link add {BRIDGE} type bridge forward_delay 0"),
-        format!("addr add {CONTROL_PLANE_ADDRESS}/24 dev {BRIDGE}"),
+        format!("addr add {}/24 dev {BRIDGE}", config.control_plane_address()),
         format!("link set {BRIDGE} up"),
     ];
     // The API server reaches pods (webhooks) as well as nodes.
@@ -32,11 +29,11 @@ pub(super) async fn connect_control_plane(config: &LabConfig, control: &Machine)
     );
     control.ip(&batch).await?;
 
-    let pid = control.process()?.pid;
+    let (link, pid) = (config.host_link(), control.process()?.pid);
     let host = [
-        format!("link add {HOST_LINK} type veth peer name {UPLINK} netns {pid}"),
-        format!("addr add {HOST_ADDRESS}/24 dev {HOST_LINK}"),
-        format!("link set {HOST_LINK} up"),
+        format!("link add {link} type veth peer name {UPLINK} netns {pid}"),
+        format!("addr add {}/24 dev {link}", config.host_address()),
+        format!("link set {link} up"),
     ];
     cmd!["ip", "-batch", "-"]
         .stdin(host.join("\n") + "\n")
@@ -61,7 +58,7 @@ pub(super) async fn connect_node(config: &LabConfig, control: &Machine, node: No
         "link set eth0 up".to_owned(),
         // Leads nowhere, but without a route the kernel refuses to send to a Service's address
         // before kube-proxy's rules get to see the packet.
-        format!("route add default via {CONTROL_PLANE_ADDRESS}"),
+        format!("route add default via {}", config.control_plane_address()),
     ];
     let others = config.all_nodes().filter(|other| *other != node);
     batch.extend(others.map(|other| format!("route add {} via {}", other.pod_range(), other.address())));
@@ -76,19 +73,20 @@ pub(super) async fn plug(control: &Machine, node: Node, plugged: bool) -> Result
 }
 
 /// Removes this machine's end of the cable; none is no error.
-pub(super) async fn disconnect_host() -> Result<()> {
-    if host_link_exists() {
-        let out = cmd!["ip", "link", "delete", HOST_LINK].output().await?;
+pub(super) async fn disconnect_host(config: &LabConfig) -> Result<()> {
+    if host_link_exists(config) {
+        let out = cmd!["ip", "link", "delete", config.host_link()].output().await?;
         // The kernel may be removing it at this moment, after its other end went away.
         anyhow::ensure!(
-            out.code == Some(0) || !host_link_exists(),
-            "delete {HOST_LINK}: {}",
+            out.code == Some(0) || !host_link_exists(config),
+            "delete {}: {}",
+            config.host_link(),
             out.stderr.trim()
         );
     }
     Ok(())
 }
 
-pub(super) fn host_link_exists() -> bool {
-    std::path::Path::new("/sys/class/net").join(HOST_LINK).exists()
+pub(super) fn host_link_exists(config: &LabConfig) -> bool {
+    std::path::Path::new("/sys/class/net").join(config.host_link()).exists()
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::config::{DISKS_PER_NODE, DNS_SERVICE, LabConfig, Node, POD_RANGE};
+use super::config::{DISKS_PER_NODE, LabConfig, Node};
 use super::machine::Machine;
 use super::pki::Pki;
 use crate::image::Archive;
@@ -80,7 +80,7 @@ pub(super) fn configure(config: &LabConfig, pki: &Pki, node: Node) -> Result<()>
     let files = [
         ("cni/10-lab.conflist", cni_config(node)),
         ("kubelet.json", kubelet_config(config, node)),
-        ("kube-proxy.json", kube_proxy_config(&dir, &name)),
+        ("kube-proxy.json", kube_proxy_config(config, node)),
     ];
     for (file, content) in files {
         write_atomically(&dir.join(file), serde_json::to_string_pretty(&content)?.as_bytes())?;
@@ -248,13 +248,13 @@ fn kubelet_config(config: &LabConfig, node: Node) -> serde_json::Value {
         "tlsCertFile": pki.join(format!("{name}-server.crt")),
         "tlsPrivateKeyFile": pki.join(format!("{name}-server.key")),
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-        "clusterDNS": [DNS_SERVICE],
+        "clusterDNS": [config.dns_service()],
         "clusterDomain": "cluster.local",
         "resolvConf": config.node_dir(node).join("resolv.conf"),
         "podLogsDir": "/var/log/pods",
         "volumePluginDir": "/var/lib/kubelet/volume-plugins",
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": format!("/{}", node.cgroup()),
+        "cgroupRoot": format!("/{}/{name}", config.cgroup()),
         "enforceNodeAllocatable": [],
         "failCgroupV1": false,
         "failSwapOn": false,
@@ -275,14 +275,14 @@ fn kubelet_config(config: &LabConfig, node: Node) -> serde_json::Value {
     })
 }
 
-fn kube_proxy_config(dir: &Path, name: &str) -> serde_json::Value {
+fn kube_proxy_config(config: &LabConfig, node: Node) -> serde_json::Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
-        "clientConnection": {"kubeconfig": dir.join("kube-proxy.kubeconfig")},
+        "clientConnection": {"kubeconfig": config.node_dir(node).join("kube-proxy.kubeconfig")},
         "mode": "iptables",
-        "clusterCIDR": POD_RANGE,
-        "hostnameOverride": name,
+        "clusterCIDR": config.pod_range(),
+        "hostnameOverride": node.name(),
         // The limits belong to the whole machine, not to a network namespace.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     })

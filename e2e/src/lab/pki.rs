@@ -12,7 +12,7 @@ use rcgen::{
 };
 use serde_json::json;
 
-use super::config::{CONTROL_PLANE_ADDRESS, KUBERNETES_SERVICE, LabConfig};
+use super::config::LabConfig;
 
 /// Certificate authority of the whole lab, and its folder.
 pub(super) struct Pki {
@@ -48,7 +48,11 @@ impl Pki {
             "kubernetes.default.svc",
             "kubernetes.default.svc.cluster.local",
         ];
-        let ips = [CONTROL_PLANE_ADDRESS, KUBERNETES_SERVICE, Ipv4Addr::LOCALHOST];
+        let ips = [
+            config.control_plane_address(),
+            config.kubernetes_service(),
+            Ipv4Addr::LOCALHOST,
+        ];
         pki.server("apiserver", "kube-apiserver", &dns, &ips)?;
         pki.client(
             "apiserver-kubelet-client",
