@@ -9,6 +9,7 @@ pub mod build;
 pub mod command;
 pub mod debian;
 pub mod image;
+pub mod kubernetes;
 pub mod lab;
 pub mod local;
 pub mod process;

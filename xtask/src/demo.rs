@@ -1,8 +1,11 @@
 //! `cargo xtask demo`: the main job, shown to a person.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use lazarette_e2e::kubernetes::{self, Installation};
+use lazarette_e2e::lab::{Lab, LabConfig};
 use lazarette_e2e::local::LocalCluster;
 use lazarette_e2e::story::{self, Narrator};
+use lazarette_e2e::tools;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -23,7 +26,40 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     if args.local {
         return local(&args).await;
     }
-    anyhow::bail!("not yet")
+    on_kubernetes(&args).await
+}
+
+async fn on_kubernetes(args: &Args) -> Result<()> {
+    let config = LabConfig::default();
+    if args.down {
+        Lab::down(&config).await?;
+        let left = Lab::leftovers(&config)?;
+        ensure!(left.is_empty(), "left behind: {}", left.join(", "));
+        return Ok(());
+    }
+    let teller = Teller::new();
+    teller.step("a Kubernetes of three nodes on this machine (the first time it is built, about 20 minutes)");
+    let started = Instant::now();
+    let lab = Lab::up(config.clone()).await?;
+    teller.fact(&format!(
+        "Kubernetes is up after {:.0} s",
+        started.elapsed().as_secs_f32()
+    ));
+    let logs = config.logs();
+    let result = async {
+        let installation = Installation::up(lab, &teller).await?;
+        kubernetes::play(&installation, &teller).await
+    };
+    result
+        .await
+        .with_context(|| format!("logs are in {}", logs.display()))?;
+    println!();
+    println!("The cluster is still up. To look around:");
+    println!("  export KUBECONFIG={}", config.kubeconfig().display());
+    println!("  export PATH={}:$PATH", tools::bin_dir().display());
+    println!("  kubectl get storageclusters,pods -n {}", kubernetes::NAMESPACE);
+    println!("  cargo xtask demo --down       # removes every trace");
+    Ok(())
 }
 
 async fn local(args: &Args) -> Result<()> {

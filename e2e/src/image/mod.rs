@@ -70,6 +70,13 @@ impl Image {
             .text("/etc/nsswitch.conf", "hosts: files dns\n")
     }
 
+    /// The same content under another reference.
+    #[must_use]
+    pub fn renamed(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
     /// The reference of the image.
     pub fn name(&self) -> &str {
         &self.name

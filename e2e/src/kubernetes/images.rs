@@ -1,0 +1,58 @@
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::image::{self, Image};
+use crate::tools::cache_dir;
+use crate::{build, story};
+
+/// The image of the pods that use volumes: a shell, the workload and a source tree.
+pub(super) const WORKLOAD: &str = "localhost/lazarette-workload:dev";
+
+/// Every image that the installation and the story need, built from this checkout.
+pub(super) async fn all() -> Result<Vec<Image>> {
+    let mut programs = build::ALL.to_vec();
+    programs.push("lazarette-workload");
+    let binaries = build::programs(&programs).await?;
+    let mut images = image::sidecars().await?;
+    images.push(image::etcd().await?);
+    images.push(image::lazarette(&binaries)?);
+    images.push(workload(&binaries).await?);
+    Ok(images)
+}
+
+async fn workload(binaries: &Path) -> Result<Image> {
+    let tree = tree_archive().await?;
+    let workload = image::busybox()
+        .await?
+        .renamed(WORKLOAD)
+        .file(tree, "/tree.tar")
+        .program(binaries.join("lazarette-workload"), "/bin/workload")?
+        .entrypoint(["/bin/workload", "idle"]);
+    Ok(workload)
+}
+
+/// The source tree as one archive.
+async fn tree_archive() -> Result<PathBuf> {
+    let source = story::source_tree().await?;
+    let name = source.file_name().context("no name")?.to_string_lossy().into_owned();
+    let folder = cache_dir().join("images");
+    fs::create_dir_all(&folder)?;
+    let path = folder.join(format!("{name}.tar"));
+    if !path.exists() {
+        let new = path.with_extension("new");
+        tokio::task::spawn_blocking({
+            let new = new.clone();
+            move || -> Result<()> {
+                let mut archive = tar::Builder::new(File::create(&new)?);
+                archive.mode(tar::HeaderMode::Deterministic);
+                archive.append_dir_all("tree", &source)?;
+                Ok(archive.into_inner()?.sync_all()?)
+            }
+        })
+        .await??;
+        fs::rename(&new, &path)?;
+    }
+    Ok(path)
+}
