@@ -241,9 +241,14 @@ async fn it_is_a_kubernetes_and_its_faults_fault() -> Result<()> {
     lab.wait_nodes(&["node1".to_owned()], false, Duration::from_secs(60))
         .await?;
     lab.start_node("node1").await?;
-    running_pods(&lab, nodes.len() + 2).await?;
-    let data = lab.exec(NAMESPACE, "observer", "cat /disk/file").await?;
-    ensure!(data.trim() == "data", "{data:?}");
+    // The API server still shows the pods as they were before; ask the node.
+    let deadline = Deadline::secs(90).logs(lab.config().logs());
+    wait_for(deadline, "node1's pods to be back with their disk", || async {
+        let data = lab.exec(NAMESPACE, "observer", "cat /disk/file").await?;
+        ensure!(data.trim() == "data", "{data:?}");
+        Ok(Some(()))
+    })
+    .await?;
 
     remove_namespace(&lab).await?;
     lab.offer_disks().await
