@@ -1,6 +1,6 @@
 //! The Cluster service: volume administration and maps, answered by any storage node from etcd.
 
-use crate::coordinator::{PlacementError, ensure_table};
+use crate::coordinator::{PlacementError, ensure_table, summarize};
 use crate::membership::ClusterView;
 use futures::stream::BoxStream;
 use lazarette_metastore::{
@@ -51,7 +51,12 @@ impl ClusterService {
     }
 
     async fn id_of(&self, name: &str) -> Result<Option<VolumeId>, Status> {
-        let Some(kv) = self.store.get(&self.keys.volume_name(name)).await.map_err(unavailable)? else {
+        let Some(kv) = self
+            .store
+            .get(&self.keys.volume_name(name))
+            .await
+            .map_err(unavailable)?
+        else {
             return Ok(None);
         };
         let id = std::str::from_utf8(&kv.value).ok().and_then(|text| text.parse().ok());
@@ -166,27 +171,25 @@ fn status_message(view: &ClusterView, cluster_id: &str) -> pb::ClusterStatus {
             capacity_bytes: live.map_or(0, |live| live.capacity_bytes),
             used_bytes: live.map_or(0, |live| live.used_bytes),
             owned_volumes: view.owners.values().filter(|owner| owner.node == *id).count() as u32,
-            primary_replica_sets: view.replica_sets.values().filter(|set| set.record.primary == *id).count() as u32,
+            primary_replica_sets: view
+                .replica_sets
+                .values()
+                .filter(|set| set.record.primary == *id)
+                .count() as u32,
         }
     });
-    let mut degraded = 0;
-    let mut unavailable = 0;
-    for set in view.replica_sets.values().map(|set| &set.record) {
-        let live = set.in_sync.iter().filter(|node| view.live.contains_key(node)).count();
-        if live < set.replication.copies as usize {
-            degraded += 1;
-        }
-        if live < set.replication.ack as usize || set.recovering || !view.live.contains_key(&set.primary) {
-            unavailable += 1;
-        }
-    }
-    let ready: Vec<_> = view.volumes.values().filter(|v| v.state == VolumeState::Ready).collect();
+    let sets = summarize(view);
+    let ready: Vec<_> = view
+        .volumes
+        .values()
+        .filter(|v| v.state == VolumeState::Ready)
+        .collect();
     pb::ClusterStatus {
         cluster_id: cluster_id.into(),
         nodes: nodes.collect(),
-        replica_sets: view.replica_sets.len() as u32,
-        degraded_replica_sets: degraded,
-        unavailable_replica_sets: unavailable,
+        replica_sets: sets.replica_sets,
+        degraded_replica_sets: sets.degraded,
+        unavailable_replica_sets: sets.unavailable,
         volumes: ready.len() as u32,
         ownerless_volumes: ready.iter().filter(|v| !view.owners.contains_key(&v.id)).count() as u32,
         coordinator: view.coordinator.as_ref().map(|node| node.0.clone()).unwrap_or_default(),
@@ -205,10 +208,12 @@ fn validate(request: &pb::CreateVolumeRequest) -> Result<(ReplicationPolicy, u32
     if request.size == 0 {
         return Err(invalid("size is 0 bytes; use at least 1"));
     }
-    let policy = request.replication.map_or_else(ReplicationPolicy::default, |policy| ReplicationPolicy {
-        copies: policy.copies,
-        ack: policy.ack,
-    });
+    let policy = request
+        .replication
+        .map_or_else(ReplicationPolicy::default, |policy| ReplicationPolicy {
+            copies: policy.copies,
+            ack: policy.ack,
+        });
     let policy = policy.validate().map_err(|error| invalid(error.to_string()))?;
     let chunk_size = match request.chunk_size {
         0 => DEFAULT_CHUNK_SIZE,
@@ -232,17 +237,10 @@ impl Cluster for ClusterService {
                     let message = format!("volume {} is being deleted; try again", request.name);
                     return Err(status(ErrorCode::Unavailable, message));
                 }
-                if record.size != request.size
-                    || record.replication != replication
-                    || record.chunk_size != chunk_size
-                {
+                if record.size != request.size || record.replication != replication || record.chunk_size != chunk_size {
                     let message = format!(
                         "volume {} exists with size {}, copies {}, ack {}, chunk size {}",
-                        request.name,
-                        record.size,
-                        record.replication.copies,
-                        record.replication.ack,
-                        record.chunk_size
+                        request.name, record.size, record.replication.copies, record.replication.ack, record.chunk_size
                     );
                     return Err(status(ErrorCode::VolumeExists, message));
                 }
@@ -306,7 +304,10 @@ impl Cluster for ClusterService {
             }
             let sessions = self.usage(id).await?.sessions;
             if sessions > 0 && !request.force {
-                let message = format!("volume {} is mounted by {sessions} client(s); unmount it first", record.name);
+                let message = format!(
+                    "volume {} is mounted by {sessions} client(s); unmount it first",
+                    record.name
+                );
                 return Err(status(ErrorCode::VolumeInUse, message));
             }
             record.state = VolumeState::Deleting;
@@ -342,14 +343,15 @@ impl Cluster for ClusterService {
     async fn get_volume(&self, request: Request<pb::GetVolumeRequest>) -> Result<Response<pb::Volume>, Status> {
         let request = request.into_inner();
         let id = match request.id {
-            0 => self
-                .id_of(&request.name)
-                .await?
-                .ok_or_else(|| {
-                    let message = format!("there is no volume named {:?}", request.name);
-                    status(ErrorCode::VolumeNotFound, message)
-                })?
-                .0,
+            0 => {
+                self.id_of(&request.name)
+                    .await?
+                    .ok_or_else(|| {
+                        let message = format!("there is no volume named {:?}", request.name);
+                        status(ErrorCode::VolumeNotFound, message)
+                    })?
+                    .0
+            }
             id => id,
         };
         let (record, _) = self.existing(id).await?;
@@ -393,7 +395,10 @@ impl Cluster for ClusterService {
         }
         // The view may lag behind a volume made a moment ago; only etcd can say that there is none.
         self.existing(id).await?;
-        Err(status(ErrorCode::Unavailable, format!("volume {id} is not yet known here")))
+        Err(status(
+            ErrorCode::Unavailable,
+            format!("volume {id} is not yet known here"),
+        ))
     }
 
     type WatchMapStream = BoxStream<'static, Result<pb::VolumeMap, Status>>;

@@ -2,4 +2,11 @@
 //! sometimes the cluster's coordinator, in one process.
 
 pub mod chunk;
+pub mod cluster;
+pub mod coordinator;
 pub mod membership;
+pub mod meta;
+mod metrics;
+pub mod node;
+mod removal;
+pub mod replication;
