@@ -1,0 +1,12 @@
+//! The coordinator: the elected storage node that replaces dead primaries. Placement, which any
+//! node may do, and the summary for status are here too.
+
+mod election;
+mod error;
+mod summary;
+mod table;
+
+pub use election::Coordinator;
+pub use error::PlacementError;
+pub use summary::{Summary, summarize};
+pub use table::{Candidate, ensure_table, plan};

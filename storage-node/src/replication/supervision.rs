@@ -1,0 +1,259 @@
+//! What a primary does besides serving: ejects members that do not answer, brings back those that
+//! do, gives the set back to its first member.
+
+use super::configuration::{handed_over, without};
+use super::tenure::{Standing, Tenure};
+use crate::membership::ClusterView;
+use lazarette_types::NodeId;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How often deliveries' ages are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// Longest pause between two attempts to bring a member back.
+const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How long the deliveries under way may hold up a hand-back before it is given up.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// Attempts to bring one member back.
+struct Repair {
+    running: tokio::task::JoinHandle<bool>,
+    failures: u32,
+    retry_at: Option<Instant>,
+}
+
+impl Tenure {
+    /// Works until the tenure ends.
+    pub(crate) async fn supervise(self: &Arc<Self>) {
+        let mut view = self.ctx.view.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut dead_since: BTreeMap<NodeId, Instant> = BTreeMap::new();
+        let mut repairs: BTreeMap<NodeId, Repair> = BTreeMap::new();
+        loop {
+            tokio::select! {
+                () = self.closed.cancelled() => break,
+                _ = tick.tick() => {}
+                changed = view.changed() => if changed.is_err() { break },
+            }
+            let now = Arc::clone(&view.borrow_and_update());
+            self.check_known(&now);
+            if !self.ctx.lease.valid() {
+                continue;
+            }
+            self.note_deaths(&now, &mut dead_since);
+            let unresponsive = self.unresponsive(&dead_since);
+            if !unresponsive.is_empty() {
+                self.eject(unresponsive, &mut dead_since).await;
+            }
+            self.give_up_learners(&dead_since);
+            self.repair_members(&now, &mut repairs).await;
+            self.hand_back(&now).await;
+        }
+        self.close("supervision ended");
+        for repair in repairs.values() {
+            repair.running.abort();
+        }
+    }
+
+    /// Ends the tenure if another configuration is known than this tenure made.
+    fn check_known(&self, view: &ClusterView) {
+        // Under way: the store may be ahead of what this tenure knows to have made.
+        let Ok(_quiet) = self.reconfiguring.try_lock() else {
+            return;
+        };
+        let ours = self.state().record.mod_revision;
+        match view.replica_sets.get(&self.set) {
+            Some(known) if known.mod_revision > ours => self.close("another configuration was made"),
+            Some(_) => {}
+            None => self.close("the replica set is gone"),
+        }
+    }
+
+    fn note_deaths(&self, view: &ClusterView, dead_since: &mut BTreeMap<NodeId, Instant>) {
+        let state = self.state();
+        for node in state.peers.keys() {
+            if view.live.contains_key(node) {
+                dead_since.remove(node);
+            } else {
+                dead_since.entry(node.clone()).or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    /// In-sync members that are to be ejected.
+    fn unresponsive(&self, dead_since: &BTreeMap<NodeId, Instant>) -> Vec<NodeId> {
+        let config = &self.ctx.config;
+        let state = self.state();
+        let record = &state.record.record;
+        let mut remain = record.in_sync.len();
+        let mut found = Vec::new();
+        for (node, p) in &state.peers {
+            if !matches!(p.standing, Standing::InSync | Standing::Ejecting) {
+                continue;
+            }
+            let dead = dead_since
+                .get(node)
+                .is_some_and(|since| p.oldest() > config.eject_dead || since.elapsed() > config.dead_grace);
+            // Ejecting a running member must at least let writes go on.
+            let slow = p.oldest() > config.eject_slow && remain > record.replication.ack as usize;
+            if dead || slow || p.standing == Standing::Ejecting {
+                remain -= 1;
+                found.push(node.clone());
+            }
+        }
+        found
+    }
+
+    /// Ends repairs of members that do not keep up, so that they do not hold up the others.
+    fn give_up_learners(&self, dead_since: &BTreeMap<NodeId, Instant>) {
+        for (node, p) in &self.state().peers {
+            if matches!(p.standing, Standing::Learner | Standing::Admitting)
+                && (dead_since.contains_key(node) || p.oldest() > self.ctx.config.eject_slow)
+            {
+                p.peer.gone.cancel();
+            }
+        }
+    }
+
+    /// Removes members from the configuration.
+    ///
+    /// From the first moment they count no more for acknowledgements. Then everything that was
+    /// acknowledged with their help is delivered to those that remain; only then is the record
+    /// changed. So *Held* is true of the old and of the new configuration at every moment.
+    async fn eject(&self, mut nodes: Vec<NodeId>, dead_since: &mut BTreeMap<NodeId, Instant>) {
+        let _quiet = self.reconfiguring.lock().await;
+        loop {
+            let tails = {
+                let mut state = self.state();
+                for node in &nodes {
+                    if let Some(p) = state.peers.get_mut(node)
+                        && p.standing == Standing::InSync
+                    {
+                        p.standing = Standing::Ejecting;
+                    }
+                }
+                let state = &*state;
+                state.tails(|node| state.peers.get(node).is_some_and(|p| p.standing == Standing::InSync))
+            };
+            if self.drained(&tails, TICK).await {
+                break;
+            }
+            if self.closed.is_cancelled() {
+                return;
+            }
+            let view = Arc::clone(&self.ctx.view.borrow());
+            self.note_deaths(&view, dead_since);
+            for node in self.unresponsive(dead_since) {
+                if !nodes.contains(&node) {
+                    nodes.push(node);
+                }
+            }
+        }
+        let next = without(&self.state().record.record, &nodes);
+        if self.reconfigure(&next).await {
+            self.ctx.counters.members_ejected.add(nodes.len() as u64);
+            tracing::warn!(replica_set = %self.set, epoch = next.epoch, ?nodes, in_sync = next.in_sync.len(), "members ejected");
+        }
+    }
+
+    /// Waits for deliveries, for at most so long.
+    async fn drained(&self, tails: &[CancellationToken], limit: Duration) -> bool {
+        let all = futures::future::join_all(tails.iter().map(CancellationToken::cancelled));
+        tokio::select! {
+            _ = all => !self.closed.is_cancelled(),
+            () = tokio::time::sleep(limit) => false,
+            () = self.closed.cancelled() => false,
+        }
+    }
+
+    /// Starts to bring back members that run and are not in sync.
+    async fn repair_members(self: &Arc<Self>, view: &ClusterView, repairs: &mut BTreeMap<NodeId, Repair>) {
+        let record = self.state().record.record.clone();
+        for node in &record.members {
+            if record.in_sync.contains(node) || !view.live.contains_key(node) {
+                if let Some(repair) = repairs.get(node)
+                    && repair.running.is_finished()
+                {
+                    repairs.remove(node);
+                }
+                continue;
+            }
+            let mut failures = 0;
+            if let Some(repair) = repairs.get_mut(node) {
+                if !repair.running.is_finished() {
+                    continue;
+                }
+                let retry_at = *repair.retry_at.get_or_insert_with(|| {
+                    let pause = Duration::from_millis(200) * 2u32.saturating_pow(repair.failures.min(10));
+                    Instant::now() + pause.min(REPAIR_PAUSE_MAX)
+                });
+                if Instant::now() < retry_at {
+                    continue;
+                }
+                failures = repair.failures + 1;
+            }
+            let (tenure, node_id) = (Arc::clone(self), node.clone());
+            let running = tokio::spawn(async move { tenure.repair(&node_id).await });
+            repairs.insert(
+                node.clone(),
+                Repair {
+                    running,
+                    failures,
+                    retry_at: None,
+                },
+            );
+        }
+    }
+
+    /// Gives the set to its first member, which was chosen so that the primaries are spread evenly,
+    /// once all has been well for a while.
+    async fn hand_back(&self, view: &ClusterView) {
+        let (record, calm) = {
+            let state = self.state();
+            (state.record.record.clone(), state.calm_since.elapsed())
+        };
+        let Some(first) = record.members.first() else { return };
+        if *first == self.ctx.node
+            || calm < self.ctx.config.hand_back_after
+            || record.in_sync.len() < record.members.len()
+            || !record.members.iter().all(|node| view.live.contains_key(node))
+        {
+            return;
+        }
+        let Ok(_turn) = self.ctx.hand_backs.try_acquire() else {
+            return;
+        };
+        let Ok(_quiet) = self.reconfiguring.try_lock() else {
+            return;
+        };
+        self.draining.store(true, Ordering::Release);
+        let until = Instant::now() + DRAIN;
+        let idle = loop {
+            if self.state().slots.is_empty() {
+                break true;
+            }
+            if Instant::now() > until {
+                break false;
+            }
+            let _ = tokio::time::timeout(Duration::from_millis(20), self.changed.notified()).await;
+        };
+        if !idle {
+            self.state().calm_since = Instant::now();
+            self.draining.store(false, Ordering::Release);
+            self.changed.notify_waiters();
+            return;
+        }
+        // Whatever comes of it, this tenure is over: if the record stays, the next one claims.
+        self.close("handed back to the first member");
+        let old = self.state().record.clone();
+        match self.ctx.swap(&old, &handed_over(&record, first)).await {
+            Ok(_) => self.ctx.counters.hand_backs.inc(),
+            Err(error) => tracing::warn!(replica_set = %self.set, %error, "handing back not answered"),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Replica sets of three real nodes in one process: real gRPC on loopback, through proxies that
+//! can be cut, over stores in memory that outlive their nodes.
+
+mod faults;
+mod harness;
+mod random;
+mod scenarios;

@@ -1,0 +1,428 @@
+//! The primary's write path: order, deliver, acknowledge.
+
+use super::operation::{Local, Operation};
+use super::tenure::{Peer, PeerState, Settled, Standing, Tenure, WriteTurn};
+use super::{Member, ReplicationError};
+use crate::chunk::{Change, ChunkError, DAMAGED, crc32c};
+use lazarette_types::{ChunkId, ErrorCode, NodeId, Version};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+impl Tenure {
+    /// Makes a change and returns when it is durable on `ack` members that stay in sync.
+    ///
+    /// A caller that leaves while the change waits for its turn takes it back: so a client that
+    /// gives up and tries again is not overtaken by its own former attempt. Once begun it goes on
+    /// without the caller: a half-made change is nobody's.
+    pub(crate) async fn change(self: &Arc<Self>, chunk: ChunkId, change: Change) -> Result<(), ReplicationError> {
+        if let Change::Write { data, crc, .. } = &change
+            && crc32c(data) != *crc
+        {
+            let found = crc32c(data);
+            let expected = *crc;
+            return Err(ChunkError::DamagedInTransit { chunk, expected, found }.into());
+        }
+        self.room().await?;
+        let turn = self.turn_to_write(chunk).await;
+        let tenure = Arc::clone(self);
+        tokio::spawn(async move { tenure.change_in_turn(chunk, change, turn).await })
+            .await
+            .unwrap_or_else(|error| Err(ReplicationError::Internal(error.to_string())))
+    }
+
+    async fn change_in_turn(
+        self: Arc<Self>,
+        chunk: ChunkId,
+        change: Change,
+        turn: WriteTurn,
+    ) -> Result<(), ReplicationError> {
+        let Some(operation) = self.begin(chunk, change).await? else {
+            return Ok(());
+        };
+        let result = self.carry_out(&operation, turn).await;
+        self.state().waiting.remove(&operation.version.sequence);
+        if result.is_ok() {
+            self.ctx.counters.changes_acknowledged.inc();
+        }
+        result
+    }
+
+    /// Waits until the set can take a change: enough members in sync, none of them overdue.
+    async fn room(&self) -> Result<(), ReplicationError> {
+        let deadline = Instant::now() + self.ctx.config.patience;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            self.check_open()?;
+            let reason = {
+                let state = self.state();
+                let record = &state.record.record;
+                let overdue = state.peers.values().find(|p| p.overdue(&self.ctx));
+                if self.draining.load(Ordering::Acquire) {
+                    "it is being handed over"
+                } else if record.in_sync.len() < record.replication.ack as usize {
+                    "fewer members are in sync than must acknowledge"
+                } else if let Some(p) = overdue {
+                    if p.peer.full.load(Ordering::Relaxed) {
+                        return Err(ChunkError::NoSpace.into());
+                    }
+                    "a backup is behind"
+                } else {
+                    return Ok(());
+                }
+            };
+            if Instant::now() >= deadline {
+                return Err(ReplicationError::NotNow { set: self.set, reason });
+            }
+            // Age comes without a signal.
+            let _ = tokio::time::timeout(Duration::from_millis(50), changed).await;
+        }
+    }
+
+    /// Gives the change its place and starts its delivery. None: nothing to do.
+    async fn begin(
+        self: &Arc<Self>,
+        chunk: ChunkId,
+        change: Change,
+    ) -> Result<Option<Arc<Operation>>, ReplicationError> {
+        let previous = match self.ctx.chunks.version(self.set, chunk).await {
+            Ok(version) => version,
+            Err(ChunkError::Corrupt { .. }) if change == Change::Delete => DAMAGED,
+            Err(ChunkError::Corrupt { .. }) => {
+                self.heal(chunk).await?;
+                self.ctx.chunks.version(self.set, chunk).await?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut guard = self.state();
+        let state = &mut *guard;
+        self.check_open()?;
+        if self.draining.load(Ordering::Acquire) {
+            return Err(ReplicationError::NotNow {
+                set: self.set,
+                reason: "it is being handed over",
+            });
+        }
+        let record = &state.record.record;
+        if record.in_sync.len() < record.replication.ack as usize {
+            return Err(ReplicationError::NotNow {
+                set: self.set,
+                reason: "fewer members are in sync than must acknowledge",
+            });
+        }
+        let is_lost = state.lost.contains(&chunk);
+        match change {
+            // Every member in sync has what this one has, so nobody has it.
+            Change::Delete if previous == Version::NONE && !is_lost => return Ok(None),
+            Change::Delete => {}
+            _ if is_lost => return Err(ReplicationError::NoGoodCopy(chunk)),
+            _ => {}
+        }
+        state.sequence += 1;
+        let sequence = state.sequence;
+        let version = Version {
+            epoch: state.record.record.epoch,
+            sequence,
+        };
+        let operation = Arc::new(Operation::new(chunk, previous, version, change));
+        state.waiting.insert(sequence, Arc::clone(&operation));
+        let slot = state.slots.entry(chunk).or_default();
+        for (node, p) in &mut state.peers {
+            let tail = CancellationToken::new();
+            let before = slot.tails.insert(node.clone(), tail.clone());
+            p.pending.insert(sequence, Instant::now());
+            p.peer.debt.fetch_add(operation.bytes(), Ordering::Relaxed);
+            let delivery = Delivery {
+                tenure: Arc::clone(self),
+                peer: Arc::clone(&p.peer),
+                operation: Arc::clone(&operation),
+                tail,
+            };
+            tokio::spawn(delivery.run(before));
+        }
+        Ok(Some(operation))
+    }
+
+    /// Makes the change here and waits for the others.
+    async fn carry_out(&self, operation: &Arc<Operation>, turn: WriteTurn) -> Result<(), ReplicationError> {
+        if let Err(error) = self.apply_here(operation).await {
+            operation.set_local(Local::Undone);
+            self.ctx.counters.changes_undone.inc();
+            if matches!(error, ReplicationError::Chunk(ChunkError::Poisoned(_))) {
+                // It may be there or not after a restart; only a recovery can tell.
+                self.close("the chunk store has failed");
+            }
+            return Err(error);
+        }
+        operation.set_local(Local::Done);
+        loop {
+            match self.settled(operation) {
+                Settled::NotYet => {}
+                Settled::Acknowledged => {
+                    drop(turn);
+                    if operation.everywhere() {
+                        self.state().lost.remove(&operation.chunk);
+                    }
+                    // Another primary can only have been made after this node's lease has ended.
+                    return self.check_open();
+                }
+                Settled::Short => {
+                    return Err(ReplicationError::NotNow {
+                        set: self.set,
+                        reason: "fewer members are in sync than must acknowledge",
+                    });
+                }
+                Settled::Refused => {
+                    self.take_back(operation).await;
+                    return Err(ChunkError::NoSpace.into());
+                }
+            }
+            tokio::select! {
+                () = operation.wake.notified() => {}
+                () = self.closed.cancelled() => return Err(ReplicationError::NotPrimary(self.set)),
+            }
+        }
+    }
+
+    async fn apply_here(&self, operation: &Operation) -> Result<(), ReplicationError> {
+        let mut healed = false;
+        loop {
+            let (previous, version) = (operation.previous, operation.version);
+            let epoch = self.epoch();
+            let change = operation.change.clone();
+            match self
+                .member
+                .apply(epoch, operation.chunk, previous, version, change)
+                .await
+            {
+                Ok(present) if present == operation.after() => return Ok(()),
+                Ok(_) => {
+                    // Only a primary in its tenure changes its own copy.
+                    self.close("its own copy of a chunk was changed by another");
+                    return Err(ReplicationError::NotPrimary(self.set));
+                }
+                Err(ReplicationError::Chunk(ChunkError::Corrupt { .. })) if !healed => {
+                    self.heal(operation.chunk).await?;
+                    healed = true;
+                }
+                // This node's own change of configuration was quicker than this change.
+                Err(ReplicationError::StaleEpoch { .. }) if !self.closed.is_cancelled() && self.epoch() > epoch => {}
+                Err(ReplicationError::StaleEpoch { .. }) => {
+                    self.close("a newer primary has prepared this member");
+                    return Err(ReplicationError::NotPrimary(self.set));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Brings this node's copy back to what it was before a change that others cannot make, from
+    /// one of them. If that fails, the change stays: not acknowledged, but not denied either.
+    async fn take_back(&self, operation: &Operation) {
+        let refused = operation.progress().refused.clone();
+        let mut taken_back = operation.previous == Version::NONE && {
+            let none = crate::chunk::Contents::new(Version::NONE, bytes::Bytes::new());
+            self.install_here(operation, none).await
+        };
+        for node in refused {
+            if taken_back {
+                break;
+            }
+            let fetched = self
+                .ctx
+                .links
+                .fetch(&node, self.set, self.epoch(), operation.chunk)
+                .await;
+            if let Ok(contents) = fetched
+                && contents.version == operation.previous
+            {
+                taken_back = self.install_here(operation, contents).await;
+            }
+        }
+        if taken_back {
+            operation.set_local(Local::Undone);
+            self.ctx.counters.changes_undone.inc();
+        } else {
+            tracing::warn!(replica_set = %self.set, chunk = %operation.chunk, "a change that backups have no space for stays");
+        }
+    }
+
+    async fn install_here(&self, operation: &Operation, contents: crate::chunk::Contents) -> bool {
+        let present = self
+            .member
+            .install(
+                self.epoch(),
+                operation.chunk,
+                operation.after(),
+                contents.version,
+                contents.data,
+                contents.crc,
+            )
+            .await;
+        matches!(present, Ok(version) if version == contents.version)
+    }
+
+    /// Makes a member's copy of a chunk equal to this node's. `present` is the version it has, as
+    /// far as known. The caller knows that nobody else sends it this chunk meanwhile.
+    pub(crate) async fn equalize(
+        &self,
+        node: &NodeId,
+        chunk: ChunkId,
+        present: Version,
+    ) -> Result<u64, ReplicationError> {
+        let contents = match self.ctx.chunks.fetch(self.set, chunk).await {
+            Ok(contents) => contents,
+            Err(ChunkError::Corrupt { .. }) => {
+                self.heal(chunk).await?;
+                self.ctx.chunks.fetch(self.set, chunk).await?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let member: &Member = &self.member;
+        self.ctx
+            .install(member, node, self.epoch(), chunk, present, &contents)
+            .await?;
+        Ok(contents.data.len() as u64)
+    }
+}
+
+/// One change on its way to one peer. Its drop ends it, however it went.
+struct Delivery {
+    tenure: Arc<Tenure>,
+    peer: Arc<Peer>,
+    operation: Arc<Operation>,
+    tail: CancellationToken,
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        let (node, chunk) = (&self.peer.node, self.operation.chunk);
+        let mut state = self.tenure.state();
+        // It may have been removed and come back as another peer meanwhile.
+        if let Some(p) = state.peers.get_mut(node)
+            && Arc::ptr_eq(&p.peer, &self.peer)
+        {
+            p.pending.remove(&self.operation.version.sequence);
+        }
+        self.peer.debt.fetch_sub(self.operation.bytes(), Ordering::Relaxed);
+        self.tail.cancel();
+        if let Some(slot) = state.slots.get_mut(&chunk) {
+            // All that are over: also those of peers that are gone.
+            slot.tails.retain(|_, tail| !tail.is_cancelled());
+        }
+        state.release(chunk);
+        drop(state);
+        self.tenure.changed.notify_waiters();
+    }
+}
+
+impl Delivery {
+    async fn run(self, before: Option<CancellationToken>) {
+        let gone = self.peer.gone.clone();
+        let closed = self.tenure.closed.clone();
+        tokio::select! {
+            () = self.deliver(before) => {}
+            () = gone.cancelled() => {}
+            () = closed.cancelled() => {}
+        }
+    }
+
+    async fn deliver(&self, before: Option<CancellationToken>) {
+        if let Some(before) = before {
+            before.cancelled().await;
+        }
+        let mut pause = Duration::from_millis(10);
+        let mut told = false;
+        loop {
+            match self.try_once().await {
+                Ok(()) => return,
+                Err(error) => {
+                    let full = error.code() == ErrorCode::NoSpace;
+                    self.peer.full.store(full, Ordering::Relaxed);
+                    if full {
+                        self.operation.refused_by(&self.peer.node);
+                    }
+                    if !told {
+                        tracing::warn!(replica_set = %self.tenure.set, chunk = %self.operation.chunk, %error, "change not delivered, trying again");
+                        told = true;
+                    }
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(300));
+        }
+    }
+
+    async fn try_once(&self) -> Result<(), ReplicationError> {
+        let (tenure, operation, node) = (&self.tenure, &*self.operation, &self.peer.node);
+        if !operation.undone() {
+            let sent = tenure
+                .ctx
+                .links
+                .apply(
+                    node,
+                    tenure.set,
+                    tenure.epoch(),
+                    operation.chunk,
+                    (operation.previous, operation.version),
+                    &operation.change,
+                )
+                .await;
+            let present = match sent {
+                Ok(present) => present,
+                // Its copy is damaged, so whatever it has is to be replaced.
+                Err(error) if error.code() == ErrorCode::Corrupt => {
+                    tracing::warn!(replica_set = %tenure.set, chunk = %operation.chunk, %error, "a backup's copy is damaged");
+                    return self.replace(operation.previous).await;
+                }
+                Err(error) => return Err(error),
+            };
+            let made = match operation.change {
+                Change::Delete => present == Version::NONE,
+                // A later version of this tenure contains this change: the copy was replaced.
+                _ => present == operation.version || (present > operation.version && tenure.is_own(present)),
+            };
+            if !made {
+                return self.replace(present).await;
+            }
+            self.peer.full.store(false, Ordering::Relaxed);
+            operation.acked_by(node);
+            // What follows builds on what this node has: only now is that certain.
+            operation.local_over.cancelled().await;
+            if !operation.undone() {
+                return Ok(());
+            }
+        }
+        tenure.equalize(node, operation.chunk, operation.after()).await?;
+        Ok(())
+    }
+
+    /// The peer has another version than the change follows.
+    async fn replace(&self, present: Version) -> Result<(), ReplicationError> {
+        let (tenure, operation, node) = (&self.tenure, &*self.operation, &self.peer.node);
+        {
+            let mut state = tenure.state();
+            if let Some(PeerState {
+                standing: Standing::Learner,
+                dirty,
+                ..
+            }) = state.peers.get_mut(node)
+            {
+                // Repair comes to it.
+                dirty.insert(operation.chunk);
+                return Ok(());
+            }
+        }
+        tenure.ctx.counters.version_mismatches.inc();
+        operation.local_over.cancelled().await;
+        tenure.equalize(node, operation.chunk, present).await?;
+        if !operation.undone() {
+            operation.acked_by(node);
+        }
+        Ok(())
+    }
+}
