@@ -69,13 +69,11 @@ impl Tool {
         Self::Coredns,
     ];
 
-    /// What goes into the images beside the chart.
-    pub const SIDECARS: &'static [Self] = &[
-        Self::CsiProvisioner,
-        Self::CsiResizer,
-        Self::CsiSnapshotter,
-        Self::SnapshotController,
-    ];
+    /// The official sidecars of a CSI controller, without snapshots.
+    pub const SIDECARS: &'static [Self] = &[Self::CsiProvisioner, Self::CsiResizer];
+
+    /// What volume snapshots take in addition.
+    pub const SNAPSHOTS: &'static [Self] = &[Self::CsiSnapshotter, Self::SnapshotController];
 
     /// The executable's name.
     pub fn name(self) -> &'static str {
@@ -352,7 +350,13 @@ mod tests {
 
     #[test]
     fn every_tool_is_pinned_and_its_package_listed() {
-        let all = [Tool::LAB, Tool::SIDECARS, &[Tool::CsiSanity, Tool::Helm]].concat();
+        let all = [
+            Tool::LAB,
+            Tool::SIDECARS,
+            Tool::SNAPSHOTS,
+            &[Tool::CsiSanity, Tool::Helm],
+        ]
+        .concat();
         for tool in all {
             let recipe = tool.recipe();
             assert!(tool.version().unwrap().starts_with('v'), "{tool:?}");

@@ -28,7 +28,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Build Lazarette's image from release binaries and import it into the lab's nodes
+    /// Import all images of the chart into the lab's nodes, with Lazarette's from release binaries
     Load {
         #[command(flatten)]
         place: Place,
@@ -84,7 +84,7 @@ pub(crate) async fn run(command: Command) -> Result<()> {
         Command::Status { place } => status(place.config()).await?,
         Command::Load { place, binaries } => {
             let lab = Lab::attach(place.config()).await?;
-            lab.load(&[image::lazarette(&binaries)?]).await?;
+            lab.load(&image::chart(&binaries).await?).await?;
         }
     }
     Ok(())

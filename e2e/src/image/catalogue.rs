@@ -77,8 +77,26 @@ pub async fn etcd() -> Result<Image> {
 
 /// The CSI sidecars, an image each: `localhost/csi-provisioner:VERSION` and so on.
 pub async fn sidecars() -> Result<Vec<Image>> {
+    single_tools(Tool::SIDECARS).await
+}
+
+/// The programs for volume snapshots, an image each: `localhost/csi-snapshotter:VERSION` and
+/// `localhost/snapshot-controller:VERSION`.
+pub async fn snapshots() -> Result<Vec<Image>> {
+    single_tools(Tool::SNAPSHOTS).await
+}
+
+/// Everything that the chart installs by default: Lazarette, etcd and the CSI sidecars.
+pub async fn chart(binaries: &Path) -> Result<Vec<Image>> {
+    let mut images = vec![lazarette(binaries)?, etcd().await?];
+    images.extend(sidecars().await?);
+    Ok(images)
+}
+
+async fn single_tools(tools: &[Tool]) -> Result<Vec<Image>> {
+    ensure(tools).await?;
     let mut images = Vec::new();
-    for tool in Tool::SIDECARS {
+    for tool in tools {
         images.push(tool_image(tool.name(), &[*tool]).await?);
     }
     Ok(images)

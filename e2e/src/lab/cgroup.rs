@@ -16,7 +16,10 @@ use crate::process::Process;
 /// The trees of control groups of this machine.
 #[derive(Debug, Clone)]
 pub(super) struct Cgroups {
+    /// Where groups are made.
     trees: Vec<PathBuf>,
+    /// Where container runtimes may make more: the unified tree beside separate ones.
+    others: Vec<PathBuf>,
     unified: bool,
 }
 
@@ -35,11 +38,15 @@ impl Cgroups {
         };
         let separate = of_type("cgroup");
         let unified = separate.is_empty();
-        let trees = if unified { of_type("cgroup2") } else { separate };
+        let (trees, others) = if unified {
+            (of_type("cgroup2"), Vec::new())
+        } else {
+            (separate, of_type("cgroup2"))
+        };
         if trees.is_empty() {
             bail!("no control groups are mounted, which containers need");
         }
-        Ok(Self { trees, unified })
+        Ok(Self { trees, others, unified })
     }
 
     /// Makes a group (and its parents) ready for processes or child groups.
@@ -64,15 +71,23 @@ impl Cgroups {
         Ok(())
     }
 
-    /// The group's folders, one per tree.
+    /// The folders that a process of the group has to be put into, one per tree.
     pub(super) fn folders(&self, group: &str) -> Vec<PathBuf> {
         self.trees.iter().map(|tree| tree.join(group)).collect()
+    }
+
+    fn all_folders(&self, group: &str) -> Vec<PathBuf> {
+        self.trees
+            .iter()
+            .chain(&self.others)
+            .map(|tree| tree.join(group))
+            .collect()
     }
 
     /// The processes in the group and below.
     pub(super) fn processes(&self, group: &str) -> Vec<Process> {
         let mut pids = BTreeSet::new();
-        for folder in self.folders(group) {
+        for folder in self.all_folders(group) {
             for group in tree(&folder) {
                 let text = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
                 pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
@@ -110,7 +125,7 @@ impl Cgroups {
 
     /// Removes the group and everything below. A group that is not there is no error.
     pub(super) async fn remove(&self, group: &str) -> Result<()> {
-        for folder in self.folders(group) {
+        for folder in self.all_folders(group) {
             for child in tree(&folder).into_iter().rev() {
                 remove_one(&child).await?;
             }
@@ -120,7 +135,7 @@ impl Cgroups {
 
     /// The group's folders that exist.
     pub(super) fn existing(&self, group: &str) -> Vec<PathBuf> {
-        self.folders(group)
+        self.all_folders(group)
             .into_iter()
             .filter(|folder| folder.exists())
             .collect()

@@ -113,6 +113,14 @@ impl LabConfig {
         self.all_nodes().map(Node::name).collect()
     }
 
+    /// The configuration with as many nodes as the lab that was started, if any was.
+    pub(super) fn as_started(&self) -> Self {
+        let started = std::fs::read_to_string(self.complete_marker())
+            .ok()
+            .and_then(|nodes| nodes.parse().ok());
+        self.clone().nodes(started.unwrap_or(self.nodes))
+    }
+
     pub(super) fn all_nodes(&self) -> impl Iterator<Item = Node> + use<> {
         let instance = self.instance;
         (1..=self.nodes).map(move |index| Node { instance, index })

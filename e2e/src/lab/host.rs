@@ -149,7 +149,8 @@ fn namespace_processes(config: &LabConfig) -> Vec<Process> {
     let namespace = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/net")).ok().map(|meta| meta.ino());
     let own = namespace("self");
     let lab: Vec<_> = std::iter::once(CONTROL_PLANE.to_owned())
-        .chain(config.node_names())
+        // Whatever the number of nodes was.
+        .chain(config.clone().nodes(9).node_names())
         .filter_map(|name| process::find(&config.dir, &format!("{name}.namespaces")))
         .filter_map(|holder| namespace(&holder.pid.to_string()))
         // An interrupted start may have left a holder that has not unshared yet.

@@ -17,6 +17,7 @@ mod node;
 mod pki;
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -76,7 +77,9 @@ impl Lab {
 
     /// The lab that runs already.
     pub async fn attach(config: LabConfig) -> Result<Self> {
-        let lab = Self { config };
+        let lab = Self {
+            config: config.as_started(),
+        };
         if !lab.is_complete() || !control_plane::is_running(&lab.control()?) {
             bail!("no lab is running in {}", lab.config.dir.display());
         }
@@ -101,7 +104,9 @@ impl Lab {
 
     /// Looks at a lab without changing anything.
     pub async fn status(config: &LabConfig) -> Result<Status> {
-        let lab = Self { config: config.clone() };
+        let lab = Self {
+            config: config.as_started(),
+        };
         let daemons = crate::process::list(&config.dir)
             .into_iter()
             .map(|(name, p)| (name, p.pid))
@@ -112,6 +117,10 @@ impl Lab {
             nodes: Vec::new(),
             problem: None,
         };
+        if !lab.control()?.runs("apiserver") {
+            status.problem = Some("no API server is running".to_owned());
+            return Ok(status);
+        }
         let list = async {
             let nodes = Api::<KubeNode>::all(lab.client().await?);
             anyhow::Ok(nodes.list(&Default::default()).await?)
@@ -135,6 +144,14 @@ impl Lab {
     /// A program to run on a node, outside of any pod: in its network, mount and UTS namespaces.
     pub fn on_node(&self, node: &str, program: &str) -> Result<Cmd> {
         self.machine(self.config.node(node)?)?.enter(program)
+    }
+
+    /// Where this machine keeps what a node has under one of its own folders (`/var/lib`,
+    /// `/var/log`).
+    pub fn node_path(&self, node: &str, path: impl AsRef<Path>) -> Result<PathBuf> {
+        let path = path.as_ref();
+        node::host_path(&self.config, self.config.node(node)?, path)
+            .with_context(|| format!("{} is not {node}'s own, all nodes share it", path.display()))
     }
 
     fn control(&self) -> Result<Machine> {

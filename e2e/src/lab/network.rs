@@ -46,6 +46,8 @@ pub(super) async fn connect_control_plane(config: &LabConfig, control: &Machine)
 /// Connects a node to the bridge.
 pub(super) async fn connect_node(config: &LabConfig, control: &Machine, node: Node, machine: &Machine) -> Result<()> {
     let (port, pid) = (node.port(), machine.process()?.pid);
+    // The cable of a node that just died may not be gone yet. Most of the time there is none.
+    control.enter("ip")?.args(["link", "delete", &port]).output().await?;
     control
         .ip(&[
             format!("link add {port} type veth peer name eth0 netns {pid}"),
