@@ -1,0 +1,259 @@
+//! Which volumes' metadata this node owns: claims those without owner, gives up what is too much,
+//! drops those that were deleted.
+
+mod destroy;
+mod placement;
+
+use super::journal::Fence;
+use super::namespace::Limits;
+use super::owner::{ClaimError, OwnerContext, Shard, claim, guarded};
+use super::service::Shards;
+use crate::membership::ClusterView;
+use lazarette_metastore::{Op, UsageRecord, VolumeRecord, VolumeState, encode};
+use lazarette_types::VolumeId;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+/// Each rank waits so much longer than the one before it.
+const RANK_DELAY: Duration = Duration::from_millis(300);
+/// After a claim whose shard could not be recovered.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// How often usage is reported, if it changed, and ended shards are noticed at the latest.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// How often one shard may move from this node to one with fewer.
+const BALANCE_EVERY: Duration = Duration::from_secs(15);
+
+type View = watch::Receiver<Arc<ClusterView>>;
+
+/// Decides what this node owns. [`Manager::run`] does it.
+pub struct Manager {
+    context: OwnerContext,
+    shards: Arc<Shards>,
+    view: View,
+    /// Volumes that a task is claiming or giving up.
+    busy: HashMap<VolumeId, AbortHandle>,
+    tasks: JoinSet<()>,
+    /// What each volume's limits were set to.
+    limits: HashMap<VolumeId, Limits>,
+}
+
+impl Manager {
+    /// Owns shards in `shards` according to `view`.
+    pub fn new(context: OwnerContext, shards: Arc<Shards>, view: View) -> Self {
+        Self {
+            context,
+            shards,
+            view,
+            busy: HashMap::new(),
+            tasks: JoinSet::new(),
+            limits: HashMap::new(),
+        }
+    }
+
+    /// Works until the lease ends or `shutdown` is cancelled; then all shards are given up.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let reports = tokio::spawn(report_usage(self.context.clone(), Arc::clone(&self.shards)));
+        let lease = self.context.lease.clone();
+        let mut tick = tokio::time::interval(REPORT_EVERY / 4);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut balance = tokio::time::interval(BALANCE_EVERY);
+        balance.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        balance.reset();
+        loop {
+            self.look();
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                () = lease.ended() => break,
+                changed = self.view.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                }
+                Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    self.busy.retain(|_, task| !task.is_finished());
+                }
+                _ = tick.tick() => {}
+                _ = balance.tick() => self.give_one_up(),
+            }
+        }
+        reports.abort();
+        self.tasks.shutdown().await;
+        self.shards.resign_all().await;
+    }
+
+    /// Compares what is with what should be, and starts what is missing.
+    fn look(&mut self) {
+        let view = Arc::clone(&self.view.borrow_and_update());
+        for shard in self.shards.all() {
+            let volume = shard.volume();
+            if self.busy.contains_key(&volume) {
+                continue;
+            }
+            match view.volumes.get(&volume) {
+                Some(record) if record.state == VolumeState::Ready => {
+                    if shard.has_ended() {
+                        self.shards.remove(volume);
+                        self.start(volume, async move { shard.resign().await });
+                        continue;
+                    }
+                    let limits = limits_of(record);
+                    if self.limits.insert(volume, limits) != Some(limits) {
+                        shard.set_limits(limits);
+                    }
+                }
+                Some(record) => {
+                    self.shards.remove(volume);
+                    let (context, record) = (self.context.clone(), record.clone());
+                    self.start(volume, async move {
+                        shard.stop().await;
+                        destroy::destroy(&context, shard.fence(), &record).await;
+                    });
+                }
+                None => {
+                    self.shards.remove(volume);
+                    self.start(volume, async move { shard.resign().await });
+                }
+            }
+        }
+        for (volume, ranks) in placement::plan(&view) {
+            let Some(rank) = ranks.iter().position(|node| *node == self.context.node) else {
+                continue;
+            };
+            if self.busy.contains_key(&volume) || self.shards.get(volume).is_some() {
+                continue;
+            }
+            self.limits.remove(&volume);
+            let delay = RANK_DELAY * rank as u32;
+            let take = take(
+                self.context.clone(),
+                Arc::clone(&self.shards),
+                self.view.clone(),
+                volume,
+                delay,
+            );
+            self.start(volume, take);
+        }
+    }
+
+    fn start(&mut self, volume: VolumeId, task: impl Future<Output = ()> + Send + 'static) {
+        let handle = self.tasks.spawn(task);
+        self.busy.insert(volume, handle);
+    }
+
+    /// Gives one shard up if another node has at least two fewer.
+    fn give_one_up(&mut self) {
+        let view = Arc::clone(&self.view.borrow());
+        let mine: HashSet<VolumeId> = self.shards.all().iter().map(Shard::volume).collect();
+        let Some(volume) = placement::surplus(&view, &self.context.node, &mine) else {
+            return;
+        };
+        if self.busy.contains_key(&volume) {
+            return;
+        }
+        if let Some(shard) = self.shards.remove(volume) {
+            tracing::info!(%volume, "shard moves to a node with fewer");
+            self.start(volume, async move {
+                shard.resign().await;
+                // Leave it to the others first.
+                tokio::time::sleep(RANK_DELAY * 2).await;
+            });
+        }
+    }
+}
+
+fn limits_of(record: &VolumeRecord) -> Limits {
+    Limits {
+        size: record.size,
+        chunk_size: record.chunk_size,
+    }
+}
+
+/// Claims a volume after `delay`, unless somebody else does, and serves it or drops it.
+async fn take(context: OwnerContext, shards: Arc<Shards>, mut view: View, volume: VolumeId, delay: Duration) {
+    let owned = |view: &Arc<ClusterView>| view.owners.contains_key(&volume) || !view.volumes.contains_key(&volume);
+    tokio::select! {
+        () = tokio::time::sleep(delay) => {}
+        _ = view.wait_for(owned) => return,
+    }
+    let won = match claim(&context, volume).await {
+        Ok(won) => won,
+        Err(ClaimError::Taken | ClaimError::NoVolume) => {
+            // The view is about to show it.
+            let _ = tokio::time::timeout(RANK_DELAY, view.wait_for(owned)).await;
+            return;
+        }
+        Err(error) => {
+            tracing::warn!(%volume, %error, "shard is not claimed");
+            tokio::time::sleep(RANK_DELAY).await;
+            return;
+        }
+    };
+    let record = view.borrow().volumes.get(&volume).cloned();
+    let fence = won.fence.clone();
+    match record {
+        Some(record) if record.state == VolumeState::Ready => {
+            match Shard::start(&context, won, limits_of(&record)).await {
+                Ok(shard) => {
+                    tracing::info!(%volume, epoch = shard.epoch(), "shard is served");
+                    shards.insert(shard);
+                }
+                Err(error) => {
+                    tracing::error!(%volume, %error, "shard cannot be recovered");
+                    give_back(&context, &fence).await;
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
+            }
+        }
+        Some(record) => destroy::destroy(&context, &fence, &record).await,
+        None => give_back(&context, &fence).await,
+    }
+}
+
+async fn give_back(context: &OwnerContext, fence: &Fence) {
+    let txn = guarded(fence, [], vec![Op::Delete(fence.key.clone())]);
+    if let Err(error) = context.store.txn(txn).await {
+        tracing::warn!(%error, "ownership is not given up; it ends with the lease");
+    }
+}
+
+/// Writes what each volume holds, while it changes.
+async fn report_usage(context: OwnerContext, shards: Arc<Shards>) {
+    let mut reported: HashMap<(VolumeId, u64), UsageRecord> = HashMap::new();
+    let mut tick = tokio::time::interval(REPORT_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let owned = shards.all();
+        reported.retain(|(volume, epoch), _| {
+            owned
+                .iter()
+                .any(|shard| shard.volume() == *volume && shard.epoch() == *epoch)
+        });
+        for shard in owned {
+            let usage = shard.usage();
+            let place = (shard.volume(), shard.epoch());
+            if reported.get(&place) == Some(&usage) {
+                continue;
+            }
+            let put = Op::Put {
+                key: context.keys.usage(shard.volume()),
+                value: encode(&usage),
+                lease: Some(context.lease.id()),
+            };
+            match context.store.txn(guarded(shard.fence(), [], vec![put])).await {
+                Ok(_) => {
+                    reported.insert(place, usage);
+                }
+                Err(error) => tracing::debug!(%error, "usage is not reported"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

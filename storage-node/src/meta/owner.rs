@@ -1,0 +1,235 @@
+//! Owning a shard: claiming it, recovering its state, serving it until the ownership ends.
+
+mod actor;
+mod claim;
+mod fold;
+#[cfg(test)]
+mod tests;
+
+pub use claim::{Claim, ClaimError, RecoverError, claim};
+
+use super::chunks::ChunkRemover;
+use super::journal::Fence;
+use super::namespace::{Fault, Limits};
+use crate::membership::Lease;
+use actor::{Actor, Call, Control};
+use lazarette_metastore::{Condition, Keys, MetaStore, Op, Txn, UsageRecord};
+use lazarette_proto::meta::{Request, Response};
+use lazarette_types::{ErrorCode, InodeId, NodeId, SessionId, VolumeId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Without KeepAlive for so long a session ends.
+pub const SESSION_TTL: Duration = Duration::from_secs(10);
+/// How long a client may use an answer while its session is the only one.
+pub const CACHE_TTL: Duration = Duration::from_millis(1000);
+/// Requests that wait to be executed.
+const QUEUE: usize = 1024;
+
+/// What an owner needs of its node.
+#[derive(Clone)]
+pub struct OwnerContext {
+    /// The metadata store.
+    pub store: Arc<dyn MetaStore>,
+    /// The cluster's keys.
+    pub keys: Keys,
+    /// This node.
+    pub node: NodeId,
+    /// `host:port` of this node's gRPC services.
+    pub address: String,
+    /// The lease that ownership hangs on.
+    pub lease: Lease,
+    /// Where chunks are removed and cut.
+    pub chunks: Arc<dyn ChunkRemover>,
+    /// Counters over all shards of this node.
+    pub metrics: Arc<Metrics>,
+}
+
+/// What the owners of this node did since it started.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Requests executed.
+    pub operations: AtomicU64,
+    /// Requests that failed with an error of the file system or of the caller.
+    pub failures: AtomicU64,
+    /// Journal records committed.
+    pub records: AtomicU64,
+    /// Their bytes.
+    pub record_bytes: AtomicU64,
+    /// Pages written.
+    pub pages: AtomicU64,
+    /// Their bytes.
+    pub page_bytes: AtomicU64,
+    /// Shards claimed and recovered.
+    pub claims: AtomicU64,
+    /// Ownerships that ended without having been given back.
+    pub losses: AtomicU64,
+    /// Sessions ended because they were not renewed.
+    pub expired_sessions: AtomicU64,
+    /// Files whose chunks were removed.
+    pub removed_files: AtomicU64,
+}
+
+impl Metrics {
+    pub(super) fn add(counter: &AtomicU64, more: u64) {
+        counter.fetch_add(more, Ordering::Relaxed);
+    }
+}
+
+/// What a shard holds now.
+#[derive(Debug, Default)]
+struct Gauges {
+    bytes: AtomicU64,
+    inodes: AtomicU64,
+    sessions: AtomicU64,
+}
+
+/// A shard that this node owns and serves. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct Shard {
+    volume: VolumeId,
+    fence: Fence,
+    store: Arc<dyn MetaStore>,
+    calls: mpsc::Sender<Call>,
+    control: mpsc::UnboundedSender<Control>,
+    gauges: Arc<Gauges>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Shard {
+    /// Recovers a claimed shard and serves it in a task of its own.
+    pub async fn start(context: &OwnerContext, claim: Claim, limits: Limits) -> Result<Self, RecoverError> {
+        let recovered = claim::recover(context, &claim, limits, actor::now()).await?;
+        let (calls, calls_in) = mpsc::channel(QUEUE);
+        let (control, control_in) = mpsc::unbounded_channel();
+        let (end, ended) = watch::channel(false);
+        let gauges = Arc::new(Gauges::default());
+        let actor = Actor::new(context, &claim, recovered, Arc::clone(&gauges));
+        tokio::spawn(async move {
+            actor.run(calls_in, control_in).await;
+            end.send_replace(true);
+        });
+        Metrics::add(&context.metrics.claims, 1);
+        Ok(Self {
+            volume: claim.volume,
+            fence: claim.fence,
+            store: Arc::clone(&context.store),
+            calls,
+            control,
+            gauges,
+            ended,
+        })
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
+    /// The epoch under which this node owns it.
+    pub fn epoch(&self) -> u64 {
+        self.fence.epoch
+    }
+
+    /// The proof of ownership.
+    pub fn fence(&self) -> &Fence {
+        &self.fence
+    }
+
+    /// Executes one operation. Dropping the future cancels a wait for a lock; if the lock was
+    /// granted at that very moment, the caller learns it by repeating the op id with `wait_ms` 0.
+    pub async fn call(&self, request: Request) -> Result<Response, Fault> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.calls.send(Call { request, reply }).await;
+        sent.map_err(|_| not_owner())?;
+        answer.await.map_err(|_| not_owner())?
+    }
+
+    /// Opens or re-opens a session. Returns when no other client may use cached answers any more.
+    pub async fn open_session(&self, session: SessionId, client: String) -> Result<(), Fault> {
+        self.ask(|reply| Control::OpenSession { session, client, reply }).await
+    }
+
+    /// Renews a session and registers what it holds open.
+    pub async fn keep_alive(&self, session: SessionId, open: Vec<InodeId>, complete: bool) -> Result<(), Fault> {
+        self.ask(|reply| Control::KeepAlive {
+            session,
+            open,
+            complete,
+            reply,
+        })
+        .await
+    }
+
+    /// Ends a session. Ending one that has ended succeeds.
+    pub async fn close_session(&self, session: SessionId) -> Result<(), Fault> {
+        self.ask(|reply| Control::CloseSession { session, reply }).await
+    }
+
+    /// Takes over a changed volume record.
+    pub fn set_limits(&self, limits: Limits) {
+        let _ = self.control.send(Control::Limits(limits));
+    }
+
+    /// Stops serving once everything executed is committed, and keeps the owner's key.
+    pub async fn stop(&self) {
+        let _ = self.control.send(Control::Stop);
+        self.ended().await;
+    }
+
+    /// Stops serving and gives the ownership up, so that another node can claim the shard.
+    pub async fn resign(&self) {
+        self.stop().await;
+        let txn = Txn {
+            conditions: vec![self.fence.condition()],
+            then: vec![Op::Delete(self.fence.key.clone())],
+        };
+        if let Err(error) = self.store.txn(txn).await {
+            tracing::warn!(volume = %self.volume, %error, "ownership is not given up; it ends with the lease");
+        }
+    }
+
+    /// Resolves when the shard is not served any more.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // An error means that the task is gone, which is the same.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// Whether the shard is not served any more.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow() || self.calls.is_closed()
+    }
+
+    /// What the volume holds.
+    pub fn usage(&self) -> UsageRecord {
+        UsageRecord {
+            used_bytes: self.gauges.bytes.load(Ordering::Relaxed),
+            used_inodes: self.gauges.inodes.load(Ordering::Relaxed),
+            sessions: self.gauges.sessions.load(Ordering::Relaxed) as u32,
+        }
+    }
+
+    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Result<(), Fault>>) -> Control) -> Result<(), Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.control.send(message(reply)).map_err(|_| not_owner())?;
+        answer.await.map_err(|_| not_owner())?
+    }
+}
+
+/// The answer of a node that does not own the volume's metadata.
+pub fn not_owner() -> Fault {
+    Fault::new(
+        ErrorCode::NotOwner,
+        "this node does not own the volume's metadata; refresh the map",
+    )
+}
+
+/// The conditions under which a volume's owner may change the volume's keys.
+pub(super) fn guarded(fence: &Fence, conditions: impl IntoIterator<Item = Condition>, then: Vec<Op>) -> Txn {
+    let mut all = vec![fence.condition()];
+    all.extend(conditions);
+    Txn { conditions: all, then }
+}

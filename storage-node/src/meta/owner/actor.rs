@@ -1,0 +1,576 @@
+//! The task that serves one shard: executes operations in memory, groups what they changed into
+//! records, and answers when what was done and seen is committed.
+
+use super::claim::{Claim, Recovered};
+use super::fold::{Folding, PageWrite};
+use super::{CACHE_TTL, Gauges, Metrics, OwnerContext, SESSION_TTL, not_owner};
+use crate::membership::Lease;
+use crate::meta::chunks::{self, ChunkRemover};
+use crate::meta::journal::{self, Fence, Journal, Lost};
+use crate::meta::namespace::{Fault, Limits, Namespace, Outcome, Reply, WaiterId, Work, response};
+use crate::meta::rows::{Key, Row, Truncate};
+use futures::future::BoxFuture;
+use lazarette_proto::meta::{Request, Response, request::Op};
+use lazarette_types::{InodeId, SessionId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+/// An open record of about this size is closed and waits for its turn.
+const RECORD_BYTES: usize = 128 << 10;
+/// With so many closed records waiting, no more operations are taken.
+const MAX_WAITING_RECORDS: usize = 4;
+/// Operations taken at once before records and replies are looked after.
+const BATCH: usize = 256;
+/// Files whose chunks are being removed or cut at a time.
+const MAX_CHUNK_WORK: usize = 8;
+/// How often sessions and waiters are looked at.
+const TICK: Duration = Duration::from_millis(250);
+/// Longest wait for a lock. The client then asks again.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+type CallReply = oneshot::Sender<Result<Response, Fault>>;
+type SessionReply = oneshot::Sender<Result<(), Fault>>;
+type Commit = BoxFuture<'static, Result<(), Lost>>;
+
+/// One operation to execute.
+pub(super) struct Call {
+    pub(super) request: Request,
+    pub(super) reply: CallReply,
+}
+
+/// What is looked at before operations.
+pub(super) enum Control {
+    OpenSession {
+        session: SessionId,
+        client: String,
+        reply: SessionReply,
+    },
+    KeepAlive {
+        session: SessionId,
+        open: Vec<InodeId>,
+        complete: bool,
+        reply: SessionReply,
+    },
+    CloseSession {
+        session: SessionId,
+        reply: SessionReply,
+    },
+    Limits(Limits),
+    Stop,
+}
+
+/// An answer that may have to wait for a record.
+enum Answer {
+    Call(CallReply, Result<Reply, Fault>),
+    /// Not before this instant.
+    Session(SessionReply, Result<(), Fault>, Instant),
+}
+
+/// A closed record.
+struct Record {
+    lsn: u64,
+    keys: BTreeSet<Key>,
+    bytes: Vec<u8>,
+}
+
+/// A request that waits for a lock, perhaps with repetitions of it.
+struct Waiting {
+    replies: Vec<CallReply>,
+    deadline: Instant,
+}
+
+/// Work at the chunks that is done.
+enum Finished {
+    Removed(InodeId),
+    Cut(InodeId, Truncate),
+}
+
+/// The state of the task.
+pub(super) struct Actor {
+    volume: VolumeId,
+    fence: Fence,
+    lease: Lease,
+    journal: Journal,
+    chunks: Arc<dyn ChunkRemover>,
+    metrics: Arc<Metrics>,
+    gauges: Arc<Gauges>,
+    namespace: Namespace,
+    folding: Folding,
+    /// The last committed record.
+    committed: u64,
+    closed: VecDeque<Record>,
+    /// The record under way: number, keys, bytes.
+    committing: Option<(u64, BTreeSet<Key>, usize)>,
+    /// Answers by the record they wait for.
+    answers: BTreeMap<u64, Vec<Answer>>,
+    waiting: HashMap<WaiterId, Waiting>,
+    deadlines: BTreeSet<(Instant, WaiterId)>,
+    /// Requests that wait until a file's chunks are cut.
+    held_up: HashMap<InodeId, Vec<Call>>,
+    /// Answers of those that shrank a file, until its chunks are cut.
+    shrinking: HashMap<InodeId, Vec<(CallReply, Result<Reply, Fault>)>>,
+    /// When each session ends unless it is renewed.
+    sessions: HashMap<SessionId, Instant>,
+    /// Until then a client may use cached answers.
+    cached_until: Instant,
+    /// Work at the chunks, with the record it waits for.
+    work: VecDeque<(u64, Work)>,
+    running: JoinSet<Finished>,
+    stopping: bool,
+}
+
+impl Actor {
+    pub(super) fn new(context: &OwnerContext, claim: &Claim, recovered: Recovered, gauges: Arc<Gauges>) -> Self {
+        let now = Instant::now();
+        let ends = now + SESSION_TTL;
+        let namespace = recovered.namespace;
+        let sessions: HashMap<_, _> = namespace.state().sessions().map(|session| (session, ends)).collect();
+        // The owner before may have let a sole client cache until now.
+        let cached_until = if sessions.is_empty() { now } else { now + CACHE_TTL };
+        let journal = Journal::new(
+            context.store.clone(),
+            context.keys.shard(claim.volume),
+            claim.fence.clone(),
+        );
+        let mut actor = Self {
+            volume: claim.volume,
+            fence: claim.fence.clone(),
+            lease: context.lease.clone(),
+            journal,
+            chunks: Arc::clone(&context.chunks),
+            metrics: Arc::clone(&context.metrics),
+            gauges,
+            namespace,
+            folding: Folding::new(recovered.pages, recovered.page_store, recovered.records),
+            committed: recovered.last,
+            closed: VecDeque::new(),
+            committing: None,
+            answers: BTreeMap::new(),
+            waiting: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            held_up: HashMap::new(),
+            shrinking: HashMap::new(),
+            sessions,
+            cached_until,
+            work: VecDeque::new(),
+            running: JoinSet::new(),
+            stopping: false,
+        };
+        actor.after_execution();
+        actor
+    }
+
+    /// Serves until the ownership ends or is to be given up. All that is not answered by then is
+    /// answered `NotOwner`, as the senders of the answers are dropped.
+    pub(super) async fn run(mut self, mut calls: mpsc::Receiver<Call>, mut control: mpsc::UnboundedReceiver<Control>) {
+        let lease = self.lease.clone();
+        let mut lease_ended = std::pin::pin!(lease.ended());
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut commit: Option<Commit> = None;
+        let mut write: Option<PageWrite> = None;
+        loop {
+            if write.is_none() && !self.stopping {
+                write = self.next_page_write();
+            }
+            if commit.is_none() {
+                commit = self.next_commit();
+            }
+            if self.stopping && commit.is_none() && write.is_none() {
+                return;
+            }
+            self.start_chunk_work();
+            self.publish();
+            let next_deadline = self.deadlines.first().map(|(deadline, _)| *deadline);
+            let lost = tokio::select! {
+                biased;
+                () = &mut lease_ended => Some(Lost("the lease has ended".into())),
+                result = poll(&mut commit) => {
+                    commit = None;
+                    result.map(|()| self.record_committed()).err()
+                }
+                (page_store, result) = poll(&mut write) => {
+                    write = None;
+                    result.map(|checkpoint| self.folding.written(page_store, checkpoint)).err()
+                }
+                Some(message) = control.recv() => {
+                    self.control(message);
+                    None
+                }
+                Some(Ok(finished)) = self.running.join_next(), if !self.running.is_empty() => {
+                    self.chunk_work_done(finished);
+                    None
+                }
+                _ = tick.tick() => {
+                    while let Ok(message) = control.try_recv() {
+                        self.control(message);
+                    }
+                    self.tick();
+                    None
+                }
+                () = sleep_until(next_deadline) => {
+                    self.time_out_waiters();
+                    None
+                }
+                call = calls.recv(), if self.takes_calls() => {
+                    let Some(call) = call else { return };
+                    self.take_calls(call, &mut calls);
+                    None
+                }
+            };
+            if let Some(lost) = lost {
+                Metrics::add(&self.metrics.losses, 1);
+                tracing::warn!(volume = %self.volume, epoch = self.fence.epoch, reason = %lost, "shard is not served any more");
+                return;
+            }
+        }
+    }
+
+    fn takes_calls(&self) -> bool {
+        !self.stopping && self.closed.len() < MAX_WAITING_RECORDS && !self.folding.is_full()
+    }
+
+    fn take_calls(&mut self, first: Call, calls: &mut mpsc::Receiver<Call>) {
+        self.call(first);
+        for _ in 1..BATCH {
+            if !self.takes_calls() {
+                return;
+            }
+            match calls.try_recv() {
+                Ok(call) => self.call(call),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// The next record to commit, if any.
+    fn next_commit(&mut self) -> Option<Commit> {
+        if self.closed.is_empty() && self.namespace.state().changed_bytes() > 0 {
+            self.close_record();
+        }
+        let record = self.closed.pop_front()?;
+        Metrics::add(&self.metrics.records, 1);
+        Metrics::add(&self.metrics.record_bytes, record.bytes.len() as u64);
+        self.committing = Some((record.lsn, record.keys, record.bytes.len()));
+        Some(Box::pin(self.journal.clone().commit(record.lsn, record.bytes)))
+    }
+
+    fn next_page_write(&mut self) -> Option<PageWrite> {
+        if self.folding.begins_pass() && self.namespace.state().changed_bytes() > 0 {
+            self.close_record();
+        }
+        self.folding.step(&mut self.namespace, self.committed, &self.metrics)
+    }
+
+    fn close_record(&mut self) {
+        let (lsn, keys) = self.namespace.state_mut().cut();
+        let bytes = journal::encode(&self.fence, lsn, self.namespace.state(), &keys);
+        self.closed.push_back(Record { lsn, keys, bytes });
+    }
+
+    fn record_committed(&mut self) {
+        let Some((lsn, keys, bytes)) = self.committing.take() else {
+            return;
+        };
+        self.committed = lsn;
+        self.folding.committed(lsn, bytes);
+        self.namespace.state_mut().committed(lsn, &keys);
+        let later = self.answers.split_off(&(lsn + 1));
+        for answer in std::mem::replace(&mut self.answers, later).into_values().flatten() {
+            self.send(answer);
+        }
+    }
+
+    fn call(&mut self, call: Call) {
+        // The caller may have gone while the request was in the queue; it repeats it if it cares.
+        if call.reply.is_closed() {
+            return;
+        }
+        if let Some(ino) = self.namespace.held_up_by(&call.request) {
+            self.held_up.entry(ino).or_default().push(call);
+            return;
+        }
+        let Call { request, reply } = call;
+        if matches!(&request.op, Some(Op::Lock(op)) if op.wait_ms > 0) {
+            // One who does not wait any more cannot be part of a deadlock.
+            self.drop_cancelled();
+        }
+        if let Some(ends) = self.sessions.get_mut(&SessionId(request.session)) {
+            *ends = Instant::now() + SESSION_TTL;
+        }
+        Metrics::add(&self.metrics.operations, 1);
+        let executed = self.namespace.execute(&request, now());
+        match executed.outcome {
+            Outcome::Reply(result) => {
+                if result.is_err() {
+                    Metrics::add(&self.metrics.failures, 1);
+                }
+                match self.shrunk(&request) {
+                    Some(ino) => self.shrinking.entry(ino).or_default().push((reply, result)),
+                    None => self.answer(executed.after, Answer::Call(reply, result)),
+                }
+            }
+            Outcome::Wait { waiter, wait_ms } => {
+                let deadline = Instant::now() + Duration::from_millis(wait_ms.into()).min(MAX_WAIT);
+                let waiting = self.waiting.entry(waiter).or_insert_with(|| Waiting {
+                    replies: Vec::new(),
+                    deadline,
+                });
+                self.deadlines.remove(&(waiting.deadline, waiter));
+                waiting.deadline = deadline;
+                waiting.replies.push(reply);
+                self.deadlines.insert((deadline, waiter));
+            }
+        }
+        self.after_execution();
+    }
+
+    /// The file whose chunks a request has left to be cut.
+    fn shrunk(&self, request: &Request) -> Option<InodeId> {
+        let Some(Op::SetAttr(op)) = &request.op else {
+            return None;
+        };
+        let ino = InodeId(op.ino);
+        self.namespace.state().truncate(ino).map(|_| ino)
+    }
+
+    /// Looks after what an execution brought about besides its answer.
+    fn after_execution(&mut self) {
+        let newest = self.namespace.newest_record();
+        for finished in self.namespace.take_finished() {
+            let Some(waiting) = self.waiting.remove(&finished.waiter) else {
+                continue;
+            };
+            self.deadlines.remove(&(waiting.deadline, finished.waiter));
+            for reply in waiting.replies {
+                self.answer(newest, Answer::Call(reply, finished.result.clone()));
+            }
+        }
+        for work in self.namespace.take_work() {
+            self.work.push_back((newest, work));
+        }
+        if self.namespace.state().changed_bytes() >= RECORD_BYTES {
+            self.close_record();
+        }
+    }
+
+    fn answer(&mut self, after: u64, answer: Answer) {
+        if after <= self.committed {
+            self.send(answer);
+        } else {
+            self.answers.entry(after).or_default().push(answer);
+        }
+    }
+
+    /// Sends an answer, if this node is provably the owner still: what it says was then true.
+    fn send(&mut self, answer: Answer) {
+        let valid = self.lease.valid();
+        match answer {
+            Answer::Call(reply, result) => {
+                let answer = if valid {
+                    result.map(|reply| response(reply, self.cache_ttl_ms()))
+                } else {
+                    Err(not_owner())
+                };
+                let _ = reply.send(answer);
+            }
+            Answer::Session(reply, result, not_before) => {
+                let result = if valid { result } else { Err(not_owner()) };
+                if not_before <= Instant::now() {
+                    let _ = reply.send(result);
+                } else {
+                    tokio::spawn(async move {
+                        tokio::time::sleep_until(not_before).await;
+                        let _ = reply.send(result);
+                    });
+                }
+            }
+        }
+    }
+
+    /// A sole client may cache: nobody else can change anything without opening a session first,
+    /// and that waits until the cached answers are out of date.
+    fn cache_ttl_ms(&mut self) -> u32 {
+        if self.sessions.len() != 1 {
+            return 0;
+        }
+        self.cached_until = Instant::now() + CACHE_TTL;
+        CACHE_TTL.as_millis() as u32
+    }
+
+    fn control(&mut self, message: Control) {
+        match message {
+            Control::OpenSession { session, client, reply } => {
+                let result = self.namespace.open_session(session, &client);
+                let now = Instant::now();
+                let mut not_before = now;
+                if result.is_ok() {
+                    self.sessions.insert(session, now + SESSION_TTL);
+                    if self.sessions.len() > 1 {
+                        not_before = self.cached_until;
+                    }
+                }
+                let after = self.namespace.newest_record();
+                self.answer(after, Answer::Session(reply, result, not_before));
+            }
+            Control::KeepAlive {
+                session,
+                open,
+                complete,
+                reply,
+            } => {
+                let result = self.namespace.register(session, &open, complete);
+                if result.is_ok() {
+                    self.sessions.insert(session, Instant::now() + SESSION_TTL);
+                }
+                self.answer(0, Answer::Session(reply, result, Instant::now()));
+            }
+            Control::CloseSession { session, reply } => {
+                self.end_session(session);
+                let after = self.namespace.newest_record();
+                self.answer(after, Answer::Session(reply, Ok(()), Instant::now()));
+            }
+            Control::Limits(limits) => self.namespace.set_limits(limits),
+            Control::Stop => self.stopping = true,
+        }
+        self.after_execution();
+    }
+
+    fn end_session(&mut self, session: SessionId) {
+        self.sessions.remove(&session);
+        self.namespace.end_session(session);
+        self.after_execution();
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        let overdue = self.sessions.iter().filter(|(_, ends)| **ends <= now);
+        let overdue: Vec<SessionId> = overdue.map(|(session, _)| *session).collect();
+        for session in overdue {
+            Metrics::add(&self.metrics.expired_sessions, 1);
+            tracing::warn!(volume = %self.volume, session = session.0, "session was not renewed and ends");
+            self.end_session(session);
+        }
+        self.drop_cancelled();
+        self.namespace.collect_orphans();
+        self.after_execution();
+    }
+
+    /// Forgets waiting requests whose callers have gone.
+    fn drop_cancelled(&mut self) {
+        let gone = |waiting: &Waiting| waiting.replies.iter().all(oneshot::Sender::is_closed);
+        let cancelled = self.waiting.iter().filter(|(_, waiting)| gone(waiting));
+        let cancelled: Vec<(WaiterId, Instant)> = cancelled.map(|(id, waiting)| (*id, waiting.deadline)).collect();
+        for (waiter, deadline) in cancelled {
+            self.namespace.cancel(waiter);
+            self.waiting.remove(&waiter);
+            self.deadlines.remove(&(deadline, waiter));
+        }
+    }
+
+    fn time_out_waiters(&mut self) {
+        let now = Instant::now();
+        while let Some((deadline, waiter)) = self.deadlines.first().copied()
+            && deadline <= now
+        {
+            self.deadlines.remove(&(deadline, waiter));
+            self.namespace.time_out(waiter);
+        }
+        self.after_execution();
+    }
+
+    /// Starts work whose record is committed.
+    fn start_chunk_work(&mut self) {
+        while self.running.len() < MAX_CHUNK_WORK
+            && !self.stopping
+            && let Some((after, work)) = self.work.front().copied()
+            && after <= self.committed
+        {
+            self.work.pop_front();
+            let (chunks, volume) = (Arc::clone(&self.chunks), self.volume);
+            match work {
+                Work::Remove(ino) => {
+                    if let Some(Row::Garbage(garbage)) = self.namespace.state().get(&Key::Garbage(ino)) {
+                        let garbage = *garbage;
+                        self.running.spawn(async move {
+                            chunks::remove(chunks, volume, ino, garbage).await;
+                            Finished::Removed(ino)
+                        });
+                    }
+                }
+                Work::Cut(ino) => {
+                    let chunk_size = self.namespace.limits().chunk_size;
+                    if let Some(cut) = self.namespace.state().truncate(ino) {
+                        self.running.spawn(async move {
+                            chunks::cut(chunks, volume, ino, cut, chunk_size).await;
+                            Finished::Cut(ino, cut)
+                        });
+                    } else {
+                        self.cut_done(ino);
+                    }
+                }
+            }
+        }
+    }
+
+    fn chunk_work_done(&mut self, finished: Finished) {
+        match finished {
+            Finished::Removed(ino) => {
+                Metrics::add(&self.metrics.removed_files, 1);
+                self.namespace.removed(ino);
+            }
+            Finished::Cut(ino, cut) => {
+                self.namespace.cut(ino, cut);
+                self.cut_done(ino);
+            }
+        }
+        self.after_execution();
+    }
+
+    /// A file's chunks are cut, or the file is gone. Those who shrank it hear of it when it is
+    /// committed: a later owner must not cut again what was written since.
+    fn cut_done(&mut self, ino: InodeId) {
+        let newest = self.namespace.newest_record();
+        for (reply, result) in self.shrinking.remove(&ino).unwrap_or_default() {
+            self.answer(newest, Answer::Call(reply, result));
+        }
+        for call in self.held_up.remove(&ino).unwrap_or_default() {
+            self.call(call);
+        }
+    }
+
+    fn publish(&self) {
+        let usage = self.namespace.state().usage();
+        self.gauges.bytes.store(usage.bytes, Ordering::Relaxed);
+        self.gauges.inodes.store(usage.inodes, Ordering::Relaxed);
+        self.gauges
+            .sessions
+            .store(self.sessions.len() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Polls a future that may not be there.
+async fn poll<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Nanoseconds since the Unix epoch.
+pub(super) fn now() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_nanos() as i64)
+}

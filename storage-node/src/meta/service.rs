@@ -1,0 +1,121 @@
+//! The Meta service: finds the shard of a request.
+
+use super::namespace::Fault;
+use super::owner::{SESSION_TTL, Shard, not_owner};
+use lazarette_proto::meta::{
+    CloseSessionRequest, CloseSessionResponse, KeepAliveRequest, KeepAliveResponse, OpenSessionRequest,
+    OpenSessionResponse, Request as Operation, Response as Answer, meta_server,
+};
+use lazarette_types::{InodeId, SessionId, VolumeId};
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use tonic::{Request, Response, Status};
+
+/// The shards that this node owns and serves.
+#[derive(Default)]
+pub struct Shards {
+    by_volume: RwLock<HashMap<VolumeId, Shard>>,
+}
+
+impl Shards {
+    /// The shard of a volume, if this node serves it.
+    pub fn get(&self, volume: VolumeId) -> Option<Shard> {
+        let shards = self.by_volume.read().unwrap_or_else(PoisonError::into_inner);
+        shards.get(&volume).cloned()
+    }
+
+    /// All shards.
+    pub fn all(&self) -> Vec<Shard> {
+        let shards = self.by_volume.read().unwrap_or_else(PoisonError::into_inner);
+        shards.values().cloned().collect()
+    }
+
+    /// Begins to route requests to a shard.
+    pub fn insert(&self, shard: Shard) {
+        let mut shards = self.by_volume.write().unwrap_or_else(PoisonError::into_inner);
+        shards.insert(shard.volume(), shard);
+    }
+
+    /// Routes no more requests to a shard.
+    pub fn remove(&self, volume: VolumeId) -> Option<Shard> {
+        let mut shards = self.by_volume.write().unwrap_or_else(PoisonError::into_inner);
+        shards.remove(&volume)
+    }
+
+    /// Ends serving all shards and gives them up, so that other nodes take over at once.
+    pub async fn resign_all(&self) {
+        let shards = self.all();
+        futures::future::join_all(shards.iter().map(Shard::resign)).await;
+        for shard in shards {
+            self.remove(shard.volume());
+        }
+    }
+}
+
+/// Serves [`meta_server::Meta`] from [`Shards`].
+#[derive(Clone)]
+pub struct MetaService {
+    shards: Arc<Shards>,
+}
+
+impl MetaService {
+    /// A service over these shards.
+    pub fn new(shards: Arc<Shards>) -> Self {
+        Self { shards }
+    }
+
+    fn shard(&self, volume: u64) -> Result<Shard, Status> {
+        self.shards.get(VolumeId(volume)).ok_or_else(|| status(not_owner()))
+    }
+}
+
+fn status(fault: Fault) -> Status {
+    lazarette_proto::status(fault.code, fault.message)
+}
+
+#[tonic::async_trait]
+impl meta_server::Meta for MetaService {
+    async fn open_session(
+        &self,
+        request: Request<OpenSessionRequest>,
+    ) -> Result<Response<OpenSessionResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard(request.volume)?;
+        let opened = shard.open_session(SessionId(request.session), request.client).await;
+        opened.map_err(status)?;
+        Ok(Response::new(OpenSessionResponse {
+            ttl_ms: SESSION_TTL.as_millis() as u32,
+            owner_epoch: shard.epoch(),
+        }))
+    }
+
+    async fn keep_alive(&self, request: Request<KeepAliveRequest>) -> Result<Response<KeepAliveResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard(request.volume)?;
+        let open = request.open_inodes.into_iter().map(InodeId).collect();
+        let renewed = shard
+            .keep_alive(SessionId(request.session), open, request.complete)
+            .await;
+        renewed.map_err(status)?;
+        Ok(Response::new(KeepAliveResponse {
+            owner_epoch: shard.epoch(),
+        }))
+    }
+
+    async fn close_session(
+        &self,
+        request: Request<CloseSessionRequest>,
+    ) -> Result<Response<CloseSessionResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard(request.volume)?;
+        let closed = shard.close_session(SessionId(request.session)).await;
+        closed.map_err(status)?;
+        Ok(Response::new(CloseSessionResponse {}))
+    }
+
+    async fn call(&self, request: Request<Operation>) -> Result<Response<Answer>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard(request.volume)?;
+        shard.call(request).await.map(Response::new).map_err(status)
+    }
+}
