@@ -107,7 +107,7 @@ where
             metrics.count(&path, code, took);
             match status.filter(|status| status.code() != Code::Ok) {
                 Some(status) => {
-                    tracing::warn!(method = path, code = ?code, message = status.message(), ?took, "call failed");
+                    tracing::warn!(method = path, code = ?code, error = status.message(), ?took, "call failed");
                 }
                 None => tracing::debug!(method = path, ?took, "call answered"),
             }
