@@ -212,14 +212,20 @@ impl File {
         if self.mode.append {
             return self.append(Bytes::copy_from_slice(data)).await;
         }
+        self.write_at(offset, data).await?;
+        Ok(offset)
+    }
+
+    /// Writes at `offset` also through a handle that appends: pages of a shared mapping go where
+    /// they belong whichever handle brings them.
+    pub async fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         if offset.saturating_add(data.len() as u64) > FILE_SIZE_MAX {
             return Err(Error::new(
                 ErrorCode::FileTooBig,
                 format!("at most {FILE_SIZE_MAX} bytes"),
             ));
         }
-        self.volume.inner.buffer(&self.inode, offset, data).await?;
-        Ok(offset)
+        self.volume.inner.buffer(&self.inode, offset, data).await
     }
 
     /// Returns when everything written to the file by this client is durable and part of the

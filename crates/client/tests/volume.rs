@@ -1,4 +1,5 @@
 //! The client against in-memory servers on real sockets, with faults.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use bytes::Bytes;
 use lazarette_client::testing::{At, CHUNK_SIZE, Fault, TestCluster, VOLUME};
