@@ -3,13 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::Api;
 
 pub use rustix::process::Signal;
 
 use super::cgroup::Cgroups;
 use super::{Lab, host, network, node};
+use crate::{Deadline, wait_for};
 
 impl Lab {
     /// Sends a signal to the processes called `process` in a pod; returns their pids.
@@ -92,10 +95,23 @@ impl Lab {
         let machine = self.machine(node)?;
         if !node::is_running(&machine) {
             machine.kill().await?;
+            let before = self.sign_of_life(name).await?;
             self.boot(node).await?;
             node::start_kubernetes(self.config(), node, &machine).await?;
+            // Until the grace period is over, a dead node still counts as Ready.
+            let deadline = Deadline::secs(60).logs(self.config().logs());
+            wait_for(deadline, format!("{name} to report"), || async {
+                Ok((self.sign_of_life(name).await? != before).then_some(()))
+            })
+            .await?;
         }
         self.heal(name).await?;
         self.wait_nodes(&[name.to_owned()], true, Duration::from_secs(90)).await
+    }
+
+    /// When the node's kubelet last renewed its lease.
+    async fn sign_of_life(&self, node: &str) -> Result<Option<MicroTime>> {
+        let leases = Api::<Lease>::namespaced(self.client().await?, "kube-node-lease");
+        Ok(leases.get_opt(node).await?.and_then(|lease| lease.spec?.renew_time))
     }
 }
