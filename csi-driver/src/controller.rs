@@ -30,6 +30,9 @@ const CAPABILITIES: &[Rpc] = &[
     Rpc::SingleNodeMultiWriter,
 ];
 
+/// Volumes asked from a cluster at once, so that no reply exceeds gRPC's usual 4 MiB.
+const BATCH: u32 = 1000;
+
 /// The Controller service.
 #[derive(Debug)]
 pub struct ControllerService {
@@ -126,6 +129,25 @@ impl ControllerService {
             return differs(format!("chunks of {} bytes", found.chunk_size));
         }
         Ok(found)
+    }
+
+    /// The next volumes of a cluster; none: there are no more.
+    async fn batch(
+        &self,
+        cluster: &ClusterRef,
+        after_id: u64,
+        limit: u32,
+        deadline: Instant,
+    ) -> Result<Vec<cluster::Volume>, Status> {
+        let reply = self
+            .clusters
+            .call(cluster, deadline, |mut client| async move {
+                client
+                    .list_volumes(cluster::ListVolumesRequest { after_id, limit })
+                    .await
+            })
+            .await?;
+        Ok(reply.volumes)
     }
 
     /// Bytes that new volumes with `copies` copies can hold in one cluster.
@@ -327,24 +349,23 @@ impl Controller for ControllerService {
                 _ => 0,
             };
             // One more than asked for, to know whether there is a next page.
-            let limit = match max_entries {
-                0 => 0,
-                max => u32::try_from(max + 1 - found.len()).unwrap_or(u32::MAX),
+            let enough = match max_entries {
+                0 => usize::MAX,
+                max => max.saturating_add(1),
             };
-            let page = self
-                .clusters
-                .call(&cluster, deadline, |mut client| async move {
-                    client
-                        .list_volumes(cluster::ListVolumesRequest { after_id, limit })
-                        .await
-                })
-                .await?;
-            for volume in &page.volumes {
-                let handle = VolumeHandle {
-                    cluster: cluster.clone(),
-                    volume: VolumeId(volume.id),
-                };
-                found.push((handle, self.volume(&cluster, volume)?));
+            let mut after_id = after_id;
+            while found.len() < enough {
+                let limit = u32::try_from(enough - found.len()).map_or(BATCH, |missing| missing.min(BATCH));
+                let batch = self.batch(&cluster, after_id, limit, deadline).await?;
+                let Some(last) = batch.last() else { break };
+                after_id = last.id;
+                for volume in &batch {
+                    let handle = VolumeHandle {
+                        cluster: cluster.clone(),
+                        volume: VolumeId(volume.id),
+                    };
+                    found.push((handle, self.volume(&cluster, volume)?));
+                }
             }
             if max_entries != 0 && found.len() > max_entries {
                 break;

@@ -19,8 +19,14 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 use tonic::transport::Server;
+
+/// Between two questions to a mount daemon that answered.
+const CALM: Duration = Duration::from_secs(5);
+/// And to one that did not.
+const ALERT: Duration = Duration::from_millis(500);
 
 /// What a controller needs to know.
 #[derive(Clone, Debug)]
@@ -117,9 +123,9 @@ pub async fn node(options: NodeOptions, stop: impl Future<Output = ()> + Send + 
     let registration = RegistrationService::new(endpoint);
 
     let registered = registration.clone();
-    let mount_socket = daemon.socket().to_owned();
+    let answers = watch_daemon(daemon.clone());
     lazarette_telemetry::admin(options.admin, registry, move || {
-        registered.registered() && std::os::unix::net::UnixStream::connect(&mount_socket).is_ok()
+        registered.registered() && *answers.borrow()
     })
     .await?;
 
@@ -144,6 +150,21 @@ pub async fn node(options: NodeOptions, stop: impl Future<Output = ()> + Send + 
         .serve_with_incoming_shutdown(registration_incoming, registration_server);
     let both = async { tokio::try_join!(csi, register).map(|_| ()) };
     finish(both, stopped, [registration_socket, csi_socket]).await
+}
+
+/// Whether the mount daemon answers, asked now and then.
+fn watch_daemon(daemon: MountDaemon) -> watch::Receiver<bool> {
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
+        while !sender.is_closed() {
+            let answers = daemon.answers(Duration::from_secs(1)).await;
+            if sender.send_replace(answers) != answers {
+                tracing::info!(answers, "mount daemon");
+            }
+            tokio::time::sleep(if answers { CALM } else { ALERT }).await;
+        }
+    });
+    receiver
 }
 
 /// Turns a signal to stop into one that several can wait for, and a first waiter.

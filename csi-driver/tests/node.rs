@@ -14,7 +14,9 @@ use lazarette_proto::csi::volume_capability::{AccessMode, AccessType, BlockVolum
 use lazarette_proto::csi::*;
 use lazarette_types::VolumeId;
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
-use stand_in::{FakeMountDaemon, Place, Serving, eventually, is_mounted, mount_dead_fuse, mounts_under};
+use stand_in::{
+    FakeMountDaemon, GENEROUS, Place, Serving, eventually, is_mounted, mount_dead_fuse, mount_hung_fuse, mounts_under,
+};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -288,7 +290,7 @@ async fn a_dead_mount_is_replaced() {
     let staging = bench.place.path("staging");
     mount_dead_fuse(&staging);
     bench.stage().await;
-    assert_eq!(bench.mounted(), [staging.clone()]);
+    assert_eq!(bench.mounted(), std::slice::from_ref(&staging));
 
     // The daemon dies under a published volume: both mounts are dead.
     bench.publish(bench.publishing("pods/a")).await.unwrap();
@@ -315,10 +317,13 @@ async fn a_dead_mount_is_replaced() {
 async fn dead_mounts_go_even_without_the_daemon() {
     let mut bench = bench();
     bench.serving = None;
+    let mut users = Vec::new();
     for path in ["staging", "pods/a"] {
         let path = bench.place.path(path);
         std::fs::create_dir_all(&path).unwrap();
         mount_dead_fuse(&path);
+        // In use, as by a process that has not noticed yet.
+        users.push(rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap());
     }
     bench.unpublish("pods/a").await.unwrap();
     assert!(!bench.place.path("pods/a").exists());
@@ -476,6 +481,46 @@ async fn a_daemon_that_restarts_is_waited_for() {
     tokio::task::yield_now().await;
     bench.serving = Some(bench.daemon.serve(&bench.place.path("mount.sock")));
     staging.await.unwrap().unwrap();
+    bench.unstage().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_hanging_file_system_holds_up_nobody_else() {
+    let bench = bench();
+    bench.stage().await;
+    let target = bench.place.path("pods/hung");
+    std::fs::create_dir(&target).unwrap();
+    let device = mount_hung_fuse(&target);
+    let ask = || {
+        let mut request = Request::new(NodeGetVolumeStatsRequest {
+            volume_id: VOLUME.to_owned(),
+            volume_path: bench.place.text("pods/hung"),
+            ..NodeGetVolumeStatsRequest::default()
+        });
+        request.set_timeout(Duration::from_millis(200));
+        bench.service.node_get_volume_stats(request)
+    };
+    let error = ask().await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    // The first question still hangs; a second would only waste another thread.
+    assert_eq!(ask().await.unwrap_err().code(), Code::Aborted);
+    let mut request = Request::new(bench.publishing("pods/hung"));
+    request.set_timeout(Duration::from_millis(200));
+    let error = bench.service.node_publish_volume(request).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    let error = bench.publish(bench.publishing("pods/a")).await.unwrap_err();
+    assert_eq!(error.code(), Code::Aborted, "the publishing still hangs: {error}");
+    assert!(bench.stats("staging").await.is_ok());
+    // Once it is over, everything goes on.
+    drop(device);
+    let start = std::time::Instant::now();
+    while let Err(error) = bench.publish(bench.publishing("pods/hung")).await {
+        assert_eq!(error.code(), Code::Aborted, "{error}");
+        assert!(start.elapsed() < GENEROUS);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(bench.stats("pods/hung").await.is_ok());
+    bench.unpublish("pods/hung").await.unwrap();
     bench.unstage().await.unwrap();
 }
 

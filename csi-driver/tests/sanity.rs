@@ -8,9 +8,8 @@
 
 mod stand_in;
 
-use stand_in::{FakeCluster, FakeMountDaemon, GENEROUS, Place, eventually, mounts_under};
+use stand_in::{FakeCluster, FakeMountDaemon, GENEROUS, Place, driver, eventually, mounts_under};
 use std::path::PathBuf;
-use std::process::{Child, Command};
 
 /// Why csi-sanity may skip a test: the driver does not say that it can do that. Any other reason
 /// fails this test, and so does a skipped test of something that the driver says it can do.
@@ -36,27 +35,6 @@ const MAY_SKIP: &[&str] = &[
 
 /// Switched off by csi-sanity itself, for all drivers.
 const PENDING: &str = "pagination should detect volumes added between pages and accept tokens when the last volume from a page is deleted";
-
-/// Ended when the test ends, however it ends.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn driver(arguments: &[&str]) -> Process {
-    Process(
-        Command::new(env!("CARGO_BIN_EXE_lazarette-csi"))
-            .args(arguments)
-            .args(["--admin", "127.0.0.1:0"])
-            .env("LAZARETTE_LOG", "error")
-            .spawn()
-            .unwrap(),
-    )
-}
 
 fn csi_sanity() -> PathBuf {
     let folder = |name| std::env::var_os(name).map(PathBuf::from);
@@ -105,6 +83,8 @@ async fn csi_sanity_passes() {
         &endpoint,
         "--cluster",
         "default/sanity",
+        "--admin",
+        "127.0.0.1:0",
     ]);
     let kubelet_dir = place.text("");
     let _node = driver(&[
@@ -117,6 +97,8 @@ async fn csi_sanity_passes() {
         "node-1",
         "--mount-socket",
         &mount_socket,
+        "--admin",
+        "127.0.0.1:0",
     ]);
     for socket in [&controller_socket, &node_socket] {
         eventually("listening", || std::path::Path::new(socket).exists()).await;

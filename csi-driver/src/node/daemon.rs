@@ -7,7 +7,7 @@ use lazarette_proto::mount::mount_client::MountClient;
 use lazarette_proto::mount::{ListMountsRequest, MountVolumeRequest, UnmountVolumeRequest};
 use lazarette_types::VolumeId;
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
@@ -35,11 +35,6 @@ impl MountDaemon {
         // The URL is not used: the connector knows the way.
         let channel = Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector);
         Self { channel, socket }
-    }
-
-    /// Where the daemon listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// Mounts a volume at an existing folder.

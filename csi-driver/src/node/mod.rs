@@ -42,6 +42,9 @@ const POLL: Duration = Duration::from_millis(20);
 /// How long a daemon may take to forget a mount that is already gone.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// How long a file system may take to tell its use.
+const ASKING: Duration = Duration::from_secs(10);
+
 /// Longest node name, in bytes, that CSI allows.
 const NODE_ID_MAX: usize = 256;
 
@@ -438,6 +441,7 @@ impl Node for NodeService {
         require("volume_id", &request.volume_id)?;
         require("volume_path", &request.volume_path)?;
         handle(&request.volume_id)?;
+        let deadline = deadline.min(Instant::now() + ASKING);
         let permit = self.asking.enter(&request.volume_path)?;
         let path = request.volume_path.clone();
         let usage = blocking(&permit, deadline, &request.volume_path, move || {

@@ -16,6 +16,7 @@ use lazarette_types::{DEFAULT_CHUNK_SIZE, ErrorCode};
 use rustix::mount::{MountFlags, UnmountFlags};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -84,6 +85,12 @@ pub async fn eventually(what: &str, mut reached: impl FnMut() -> bool) {
 
 /// A file system whose daemon has gone: every access fails with ENOTCONN.
 pub fn mount_dead_fuse(target: &Path) {
+    drop(mount_hung_fuse(target));
+    assert_eq!(rustix::fs::statfs(target).unwrap_err(), rustix::io::Errno::NOTCONN);
+}
+
+/// A file system whose daemon lives and does not answer, until what this returns is dropped.
+pub fn mount_hung_fuse(target: &Path) -> std::fs::File {
     let device = std::fs::File::options()
         .read(true)
         .write(true)
@@ -92,8 +99,28 @@ pub fn mount_dead_fuse(target: &Path) {
     let fd = std::os::fd::AsRawFd::as_raw_fd(&device);
     let data = std::ffi::CString::new(format!("fd={fd},rootmode=40000,user_id=0,group_id=0")).unwrap();
     rustix::mount::mount("lazarette", target, "fuse", MountFlags::NOSUID, data.as_c_str()).unwrap();
-    drop(device);
-    assert_eq!(rustix::fs::statfs(target).unwrap_err(), rustix::io::Errno::NOTCONN);
+    device
+}
+
+/// A process that ends when the test ends, however it ends.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The driver's binary.
+pub fn driver(arguments: &[&str]) -> Process {
+    Process(
+        Command::new(env!("CARGO_BIN_EXE_lazarette-csi"))
+            .args(arguments)
+            .env("LAZARETTE_LOG", "error")
+            .spawn()
+            .unwrap(),
+    )
 }
 
 /// Volumes in memory, by the rules of cluster.proto.
