@@ -11,14 +11,35 @@ use std::ops::Bound;
 
 /// Version of the pages' format.
 const FORMAT: u8 = 1;
-/// A page that grows over this is split, into pages of about the target.
-const MAX_PAGE_BYTES: usize = 32 << 10;
-const TARGET_PAGE_BYTES: usize = 24 << 10;
-/// A page that shrinks below this is joined with its neighbour if both fit into one.
-const MIN_PAGE_BYTES: usize = 6 << 10;
-/// Bytes and pages of one transaction at most; one page more than this still fits.
-const BATCH_BYTES: usize = 704 << 10;
-const BATCH_PAGES: usize = 64;
+
+/// How large pages and batches get, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// A page that grows over this is split, into pages of about the target.
+    pub max: usize,
+    /// See `max`.
+    pub target: usize,
+    /// A page that shrinks below this is joined with its neighbour if both fit into the target.
+    pub min: usize,
+    /// Pages of one transaction at most; a page or two more than this still fit.
+    pub batch: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            max: 32 << 10,
+            target: 24 << 10,
+            min: 6 << 10,
+            batch: 704 << 10,
+        }
+    }
+}
+
+/// Pages of one transaction at most, besides those of one run.
+const BATCH_PAGES: usize = 56;
+/// Neighbours joined at once.
+const MAX_JOINED: usize = 16;
 
 /// A page's contents.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,6 +112,7 @@ pub struct PageMap {
     /// By lowest key.
     pages: BTreeMap<Key, Slot>,
     next_id: u64,
+    sizes: Sizes,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +160,11 @@ impl PageMap {
         }
     }
 
+    /// Makes pages of other sizes from here on.
+    pub fn set_sizes(&mut self, sizes: Sizes) {
+        self.sizes = sizes;
+    }
+
     /// The number of pages.
     pub fn len(&self) -> usize {
         self.pages.len()
@@ -159,13 +186,18 @@ impl PageMap {
     pub fn fold(&mut self, state: &State, dirty: &mut BTreeSet<Key>, lsn: u64) -> PageBatch {
         let mut batch = PageBatch::default();
         let mut bytes = 0;
-        while bytes < BATCH_BYTES && batch.writes.len() < BATCH_PAGES {
+        while bytes < self.sizes.batch && batch.writes.len() < BATCH_PAGES {
             let Some(first) = dirty.first() else { break };
             let mut run = self.run_of(first);
-            let budget = BATCH_BYTES - bytes;
-            let mut plan = plan(state, &run, budget);
-            if plan.bytes < MIN_PAGE_BYTES && plan.rest.is_none() && self.join_neighbour(&mut run, plan.bytes) {
-                plan = self::plan(state, &run, budget + MAX_PAGE_BYTES);
+            let budget = self.sizes.batch - bytes;
+            let mut plan = plan(state, &run, budget, self.sizes);
+            // Neighbours may have become small, too, since they were last looked at.
+            for _ in 0..MAX_JOINED {
+                let small = plan.bytes < self.sizes.min && plan.rest.is_none();
+                if !small || !self.join_neighbour(&mut run, plan.bytes) {
+                    break;
+                }
+                plan = self::plan(state, &run, budget + self.sizes.max, self.sizes);
             }
             bytes += self.rewrite(state, dirty, lsn, run, plan, &mut batch);
         }
@@ -194,7 +226,7 @@ impl PageMap {
 
     /// Adds the neighbour on the right, or else on the left, if both fit into one page.
     fn join_neighbour(&self, run: &mut Run, bytes: usize) -> bool {
-        let fits = |slot: &Slot| slot.bytes + bytes <= TARGET_PAGE_BYTES;
+        let fits = |slot: &Slot| slot.bytes + bytes <= self.sizes.target;
         if let Some(high) = &run.high
             && let Some(slot) = self.pages.get(high).filter(|slot| fits(slot))
         {
@@ -277,7 +309,7 @@ struct Plan {
     rest: Option<Key>,
 }
 
-fn plan(state: &State, run: &Run, budget: usize) -> Plan {
+fn plan(state: &State, run: &Run, budget: usize, sizes: Sizes) -> Plan {
     let mut writer = Writer::default();
     let mut starts = Vec::new();
     let mut rest = None;
@@ -291,8 +323,8 @@ fn plan(state: &State, run: &Run, budget: usize) -> Plan {
     }
     let bytes = writer.len();
     let mut bounds = Vec::new();
-    if bytes > MAX_PAGE_BYTES {
-        let each = bytes.div_ceil(bytes.div_ceil(TARGET_PAGE_BYTES));
+    if bytes > sizes.max {
+        let each = bytes.div_ceil(bytes.div_ceil(sizes.target));
         for (key, start) in starts.into_iter().skip(1) {
             if start >= each * (bounds.len() + 1) {
                 bounds.push(key.clone());

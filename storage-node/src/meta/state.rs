@@ -117,16 +117,6 @@ impl State {
     }
 
     fn set(&mut self, key: Key, row: Option<Row>) {
-        match (&key, &row) {
-            (Key::Acked(session), Some(Row::Acked(below))) => self.forget_results(*session, *below),
-            (Key::Session(session), None) => {
-                let session = *session;
-                self.forget_results(session, u64::MAX);
-                self.forget(Key::Result(session, u64::MAX));
-                self.forget(Key::Acked(session));
-            }
-            _ => {}
-        }
         if let Some(old) = self.rows.remove(&key) {
             self.index(&key, &old, false);
         }
@@ -180,20 +170,12 @@ impl State {
         }
     }
 
-    /// Drops results with an op id below `below`. This follows from another row's change, so it
-    /// needs no record of its own.
-    fn forget_results(&mut self, session: SessionId, below: u64) {
+    /// Removes a session's results with an op id below `below`.
+    pub fn remove_results(&mut self, session: SessionId, below: u64) {
         let range = Key::Result(session, 0)..Key::Result(session, below);
         let forgotten: Vec<Key> = self.rows.range(range).map(|(key, _)| key.clone()).collect();
         for key in forgotten {
-            self.forget(key);
-        }
-    }
-
-    fn forget(&mut self, key: Key) {
-        if self.rows.remove(&key).is_some() {
-            self.changed.remove(&key);
-            self.dirty.insert(key);
+            self.remove(key);
         }
     }
 

@@ -12,7 +12,7 @@ pub(super) fn plan(view: &ClusterView) -> Vec<(VolumeId, Vec<NodeId>)> {
     let mut owned = counts(view);
     let mut plan = Vec::new();
     for volume in view.volumes.keys().filter(|volume| !view.owners.contains_key(volume)) {
-        let mut ranks: Vec<NodeId> = owned.keys().map(|node| NodeId::clone(node)).collect();
+        let mut ranks: Vec<NodeId> = owned.keys().cloned().collect();
         ranks.sort_by_key(|node| (owned[node], affinity(*volume, node)));
         if let Some(first) = ranks.first()
             && let Some(count) = owned.get_mut(first)

@@ -234,6 +234,7 @@ impl Namespace {
         let acked = self.acked(session);
         if request.ack_below > acked {
             self.state.put(Key::Acked(session), Row::Acked(request.ack_below));
+            self.state.remove_results(session, request.ack_below);
         }
         let result = match self.mutate(session, id, op, now) {
             Ok(Mutated::Now(result)) => result,

@@ -108,6 +108,9 @@ impl Namespace {
             self.wake(ino);
         }
         let opened = self.opens.remove_session(session);
+        self.state.remove_results(session, u64::MAX);
+        self.state.remove(Key::Result(session, u64::MAX));
+        self.state.remove(Key::Acked(session));
         self.state.remove(Key::Session(session));
         if self.unregistered.remove(&session) {
             self.collect_orphans();

@@ -34,6 +34,8 @@ const TICK: Duration = Duration::from_millis(250);
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 type CallReply = oneshot::Sender<Result<Response, Fault>>;
+/// A call that was executed and is not answered yet.
+type Executed = (CallReply, Result<Reply, Fault>);
 type SessionReply = oneshot::Sender<Result<(), Fault>>;
 type Commit = BoxFuture<'static, Result<(), Lost>>;
 
@@ -113,7 +115,7 @@ pub(super) struct Actor {
     /// Requests that wait until a file's chunks are cut.
     held_up: HashMap<InodeId, Vec<Call>>,
     /// Answers of those that shrank a file, until its chunks are cut.
-    shrinking: HashMap<InodeId, Vec<(CallReply, Result<Reply, Fault>)>>,
+    shrinking: HashMap<InodeId, Vec<Executed>>,
     /// When each session ends unless it is renewed.
     sessions: HashMap<SessionId, Instant>,
     /// Until then a client may use cached answers.
