@@ -3,13 +3,14 @@
 use crate::cluster::{ReconcileError, reconcile};
 use crate::context::Context;
 use futures::StreamExt;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::{Controller, watcher};
-use kube::{Api, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 use lazarette_api::{StorageCluster, label};
 use lazarette_telemetry::Registry;
 use lazarette_telemetry::metrics::{counter::Counter, gauge::Gauge};
@@ -56,18 +57,25 @@ impl Metrics {
     }
 }
 
-/// Reconciles all storage clusters until `shutdown` is ready; what is under way is finished first.
-pub async fn run(context: Arc<Context>, metrics: Metrics, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
+/// Reconciles all storage clusters, or those of one namespace, until `shutdown` is ready; what is
+/// under way is finished first.
+pub async fn run(
+    context: Arc<Context>,
+    namespace: Option<String>,
+    metrics: Metrics,
+    shutdown: impl Future<Output = ()> + Send + Sync + 'static,
+) {
     let client = context.client.clone();
+    let within = namespace.as_deref();
     let owned = || watcher::Config::default().labels(&format!("{}=lazarette-operator", label::MANAGED_BY));
-    Controller::new(Api::<StorageCluster>::all(client.clone()), watcher::Config::default())
+    Controller::new(scoped::<StorageCluster>(&client, within), watcher::Config::default())
         // A rollout makes many changes at once.
         .with_config(Config::default().debounce(Duration::from_millis(200)).concurrency(4))
-        .owns(Api::<StatefulSet>::all(client.clone()), owned())
-        .owns(Api::<Service>::all(client.clone()), owned())
-        .owns(Api::<ServiceAccount>::all(client.clone()), owned())
-        .owns(Api::<NetworkPolicy>::all(client.clone()), owned())
-        .owns(Api::<PodDisruptionBudget>::all(client), owned())
+        .owns(scoped::<StatefulSet>(&client, within), owned())
+        .owns(scoped::<Service>(&client, within), owned())
+        .owns(scoped::<ServiceAccount>(&client, within), owned())
+        .owns(scoped::<NetworkPolicy>(&client, within), owned())
+        .owns(scoped::<PodDisruptionBudget>(&client, within), owned())
         .graceful_shutdown_on(shutdown)
         .run(
             move |cluster, context: Arc<Context>| {
@@ -100,6 +108,16 @@ pub async fn run(context: Arc<Context>, metrics: Metrics, shutdown: impl Future<
             }
         })
         .await;
+}
+
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
 }
 
 fn failed(cluster: Arc<StorageCluster>, error: &ReconcileError, context: Arc<Context>) -> Action {

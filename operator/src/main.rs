@@ -28,6 +28,9 @@ struct Flags {
     /// The operator's own namespace, for its Lease.
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     namespace: String,
+    /// Looks after the StorageClusters of this namespace only.
+    #[arg(long)]
+    watch_namespace: Option<String>,
     /// Unique among the operator's replicas.
     #[arg(long, env = "POD_NAME", default_value = "lazarette-operator")]
     identity: String,
@@ -83,7 +86,7 @@ async fn main() -> Result<()> {
     };
     let context = Arc::new(Context::new(client, defaults, flags.storage_address));
     let (stop, mut stopped) = watch::channel(false);
-    let mut controller = tokio::spawn(run(context, metrics, async move {
+    let mut controller = tokio::spawn(run(context, flags.watch_namespace, metrics, async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     }));
     tokio::select! {

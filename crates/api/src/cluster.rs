@@ -12,6 +12,17 @@ fn rule(rule: &str, message: &str) -> Value {
     json!({"rule": rule, "message": message})
 }
 
+/// The operator chooses the nodes of pods with host paths, and knows nodeSelector only.
+fn affinity_rule(role: &str) -> Value {
+    rule(
+        &format!(
+            "!has(self.{role}.storage.hostPath) || !has(self.{role}.affinity) || \
+             !has(self.{role}.affinity.nodeAffinity)"
+        ),
+        &format!("spec.{role}.affinity.nodeAffinity does not work together with hostPath: use nodeSelector"),
+    )
+}
+
 /// A cluster of storage nodes with an etcd of its own, which serves shared volumes to pods.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -38,6 +49,8 @@ fn rule(rule: &str, message: &str) -> Value {
         "self.replication.copies <= self.storageNodes.count",
         "spec.replication.copies is more than there are storage nodes: lower it or raise spec.storageNodes.count",
     ),
+    affinity_rule("etcd"),
+    affinity_rule("storageNodes"),
 ]))]
 pub struct StorageClusterSpec {
     /// Container image of the storage nodes. Default: the image of the operator, so that both are

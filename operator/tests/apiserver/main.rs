@@ -1,0 +1,11 @@
+//! The operator on a real kube-apiserver with a real etcd, with the rights that the chart gives it.
+//! There are no controllers and no kubelets: the tests play their part by writing status.
+
+mod chart;
+mod control_plane;
+mod crd;
+mod deletion;
+mod leader;
+mod reconcile;
+mod storage;
+mod world;
