@@ -25,6 +25,25 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub const SESSION_TTL: Duration = Duration::from_secs(10);
 /// How long a client may use an answer while its session is the only one.
 pub const CACHE_TTL: Duration = Duration::from_millis(1000);
+
+/// How long sessions and cached answers last.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// See [`SESSION_TTL`].
+    pub session_ttl: Duration,
+    /// See [`CACHE_TTL`].
+    pub cache_ttl: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            session_ttl: SESSION_TTL,
+            cache_ttl: CACHE_TTL,
+        }
+    }
+}
+
 /// Requests that wait to be executed.
 const QUEUE: usize = 1024;
 
@@ -101,12 +120,22 @@ pub struct Shard {
 impl Shard {
     /// Recovers a claimed shard and serves it in a task of its own.
     pub async fn start(context: &OwnerContext, claim: Claim, limits: Limits) -> Result<Self, RecoverError> {
+        Self::start_with(context, claim, limits, Timing::default()).await
+    }
+
+    /// As [`Shard::start`], with other times.
+    pub async fn start_with(
+        context: &OwnerContext,
+        claim: Claim,
+        limits: Limits,
+        timing: Timing,
+    ) -> Result<Self, RecoverError> {
         let recovered = claim::recover(context, &claim, limits, actor::now()).await?;
         let (calls, calls_in) = mpsc::channel(QUEUE);
         let (control, control_in) = mpsc::unbounded_channel();
         let (end, ended) = watch::channel(false);
         let gauges = Arc::new(Gauges::default());
-        let actor = Actor::new(context, &claim, recovered, Arc::clone(&gauges));
+        let actor = Actor::new(context, &claim, recovered, Arc::clone(&gauges), timing);
         tokio::spawn(async move {
             actor.run(calls_in, control_in).await;
             end.send_replace(true);

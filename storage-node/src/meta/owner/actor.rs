@@ -3,7 +3,7 @@
 
 use super::claim::{Claim, Recovered};
 use super::fold::{Folding, PageWrite};
-use super::{CACHE_TTL, Gauges, Metrics, OwnerContext, SESSION_TTL, not_owner};
+use super::{Gauges, Metrics, OwnerContext, Timing, not_owner};
 use crate::membership::Lease;
 use crate::meta::chunks::{self, ChunkRemover};
 use crate::meta::journal::{self, Fence, Journal, Lost};
@@ -101,6 +101,7 @@ pub(super) struct Actor {
     chunks: Arc<dyn ChunkRemover>,
     metrics: Arc<Metrics>,
     gauges: Arc<Gauges>,
+    timing: Timing,
     namespace: Namespace,
     folding: Folding,
     /// The last committed record.
@@ -127,13 +128,23 @@ pub(super) struct Actor {
 }
 
 impl Actor {
-    pub(super) fn new(context: &OwnerContext, claim: &Claim, recovered: Recovered, gauges: Arc<Gauges>) -> Self {
+    pub(super) fn new(
+        context: &OwnerContext,
+        claim: &Claim,
+        recovered: Recovered,
+        gauges: Arc<Gauges>,
+        timing: Timing,
+    ) -> Self {
         let now = Instant::now();
-        let ends = now + SESSION_TTL;
+        let ends = now + timing.session_ttl;
         let namespace = recovered.namespace;
         let sessions: HashMap<_, _> = namespace.state().sessions().map(|session| (session, ends)).collect();
         // The owner before may have let a sole client cache until now.
-        let cached_until = if sessions.is_empty() { now } else { now + CACHE_TTL };
+        let cached_until = if sessions.is_empty() {
+            now
+        } else {
+            now + timing.cache_ttl
+        };
         let journal = Journal::new(
             context.store.clone(),
             context.keys.shard(claim.volume),
@@ -147,6 +158,7 @@ impl Actor {
             chunks: Arc::clone(&context.chunks),
             metrics: Arc::clone(&context.metrics),
             gauges,
+            timing,
             namespace,
             folding: Folding::new(recovered.pages, recovered.page_store, recovered.records),
             committed: recovered.last,
@@ -298,12 +310,15 @@ impl Actor {
             return;
         }
         let Call { request, reply } = call;
-        if matches!(&request.op, Some(Op::Lock(op)) if op.wait_ms > 0) {
-            // One who does not wait any more cannot be part of a deadlock.
+        if matches!(
+            &request.op,
+            Some(Op::Lock(_) | Op::AppendBegin(_) | Op::AppendEnd(_) | Op::Close(_))
+        ) {
+            // One who does not wait any more neither gets a lock nor is part of a deadlock.
             self.drop_cancelled();
         }
         if let Some(ends) = self.sessions.get_mut(&SessionId(request.session)) {
-            *ends = Instant::now() + SESSION_TTL;
+            *ends = Instant::now() + self.timing.session_ttl;
         }
         Metrics::add(&self.metrics.operations, 1);
         let executed = self.namespace.execute(&request, now());
@@ -401,8 +416,8 @@ impl Actor {
         if self.sessions.len() != 1 {
             return 0;
         }
-        self.cached_until = Instant::now() + CACHE_TTL;
-        CACHE_TTL.as_millis() as u32
+        self.cached_until = Instant::now() + self.timing.cache_ttl;
+        self.timing.cache_ttl.as_millis() as u32
     }
 
     fn control(&mut self, message: Control) {
@@ -412,7 +427,7 @@ impl Actor {
                 let now = Instant::now();
                 let mut not_before = now;
                 if result.is_ok() {
-                    self.sessions.insert(session, now + SESSION_TTL);
+                    self.sessions.insert(session, now + self.timing.session_ttl);
                     if self.sessions.len() > 1 {
                         not_before = self.cached_until;
                     }
@@ -428,7 +443,7 @@ impl Actor {
             } => {
                 let result = self.namespace.register(session, &open, complete);
                 if result.is_ok() {
-                    self.sessions.insert(session, Instant::now() + SESSION_TTL);
+                    self.sessions.insert(session, Instant::now() + self.timing.session_ttl);
                 }
                 self.answer(0, Answer::Session(reply, result, Instant::now()));
             }
@@ -444,6 +459,7 @@ impl Actor {
     }
 
     fn end_session(&mut self, session: SessionId) {
+        self.drop_cancelled();
         self.sessions.remove(&session);
         self.namespace.end_session(session);
         self.after_execution();

@@ -113,7 +113,9 @@ impl Owner {
     }
 
     fn crash(self) -> Self {
-        let Self { stored, committed, op, .. } = self;
+        let Self {
+            stored, committed, op, ..
+        } = self;
         let next = Self::new(stored, op);
         assert_eq!(next.committed, committed);
         next
@@ -186,7 +188,10 @@ fn play(mut owner: Owner, step: Step) -> Owner {
         ),
         Step::Remove(parent, number) => {
             let (parent, name) = (parent.into(), name(number));
-            let op = Unlink { parent, name: name.clone() };
+            let op = Unlink {
+                parent,
+                name: name.clone(),
+            };
             owner.execute(1, Op::Unlink(op));
             owner.execute(2, Op::RmDir(RmDir { parent, name }));
         }
@@ -325,7 +330,10 @@ fn missing_and_damaged_pages_are_noticed() {
         assert!(matches!(load(&pages), Err(PageError::Gap(_))), "without page {id}");
         let mut pages = owner.stored.pages.clone();
         pages.get_mut(id).unwrap()[9] ^= 4;
-        assert!(matches!(load(&pages), Err(PageError::Unreadable(..))), "page {id} damaged");
+        assert!(
+            matches!(load(&pages), Err(PageError::Unreadable(..))),
+            "page {id} damaged"
+        );
     }
 }
 

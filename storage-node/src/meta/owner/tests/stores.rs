@@ -1,0 +1,95 @@
+//! A store that answers badly.
+
+use async_trait::async_trait;
+use lazarette_metastore::{
+    KeyValue, LeaseId, MemoryStore, MetaStore, Revision, StoreError, Txn, TxnOutcome, WatchStream,
+};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// In memory; while it fails, transactions are made or not without an answer that says which, and
+/// reads fail. Leases are not touched.
+#[derive(Default)]
+pub(super) struct FlakyStore {
+    inner: MemoryStore,
+    failing: AtomicBool,
+    calls: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl FlakyStore {
+    pub(super) fn new() -> Self {
+        Self::default()
+    }
+
+    pub(super) fn set_failing(&self, failing: bool) {
+        self.failing.store(failing, Ordering::SeqCst);
+    }
+
+    pub(super) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::SeqCst)
+    }
+
+    /// Every call fails in another way than the one before, in turns.
+    fn mood(&self) -> u64 {
+        if !self.failing.load(Ordering::SeqCst) {
+            return 0;
+        }
+        let mood = self.calls.fetch_add(1, Ordering::SeqCst) % 5;
+        if mood > 0 {
+            self.failures.fetch_add(1, Ordering::SeqCst);
+        }
+        mood
+    }
+}
+
+#[async_trait]
+impl MetaStore for FlakyStore {
+    async fn get(&self, key: &[u8]) -> Result<Option<KeyValue>, StoreError> {
+        match self.mood() {
+            1 => Err(StoreError::Unavailable("in a bad mood".into())),
+            _ => self.inner.get(key).await,
+        }
+    }
+
+    async fn range(&self, prefix: &[u8]) -> Result<(Vec<KeyValue>, Revision), StoreError> {
+        self.inner.range(prefix).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        match self.mood() {
+            1 => Err(StoreError::Unavailable("in a bad mood".into())),
+            2 => {
+                self.inner.txn(txn).await?;
+                Err(StoreError::Ambiguous("made".into()))
+            }
+            3 => Err(StoreError::Ambiguous("not made".into())),
+            4 => {
+                // Made later, when the caller has perhaps tried again.
+                let inner = self.inner.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(3)).await;
+                    let _ = inner.txn(txn).await;
+                });
+                Err(StoreError::Ambiguous("made late".into()))
+            }
+            _ => self.inner.txn(txn).await,
+        }
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+        self.inner.grant(ttl).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.inner.keep_alive(lease).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.inner.revoke(lease).await
+    }
+
+    async fn watch(&self, prefix: &[u8], from: Revision) -> Result<WatchStream, StoreError> {
+        self.inner.watch(prefix, from).await
+    }
+}
