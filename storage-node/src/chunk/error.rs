@@ -49,8 +49,8 @@ pub enum ChunkError {
     /// is restarted. A change that failed so may be there after the restart, or not.
     #[error("the chunk store has failed and must be restarted: {0}")]
     Poisoned(String),
-    /// The operating system refused.
-    #[error("chunk store: {0}")]
+    /// The operating system refused for now, as when it is out of memory or descriptors.
+    #[error("the chunk store cannot do this now: {0}")]
     Io(String),
 }
 
@@ -61,10 +61,9 @@ impl ChunkError {
             Self::VersionMismatch { .. } => ErrorCode::WrongEpoch,
             Self::Corrupt { .. } => ErrorCode::Corrupt,
             // Another attempt, or another copy of the store, may well succeed.
-            Self::DamagedInTransit { .. } | Self::Poisoned(_) => ErrorCode::Unavailable,
+            Self::DamagedInTransit { .. } | Self::Poisoned(_) | Self::Io(_) => ErrorCode::Unavailable,
             Self::InvalidChange { .. } => ErrorCode::InvalidArgument,
             Self::NoSpace => ErrorCode::NoSpace,
-            Self::Io(_) => ErrorCode::Internal,
         }
     }
 }

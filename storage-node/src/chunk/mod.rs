@@ -2,15 +2,18 @@
 //!
 //! [`ChunkStore`] is what replication builds on. It knows nothing of epochs, primaries or peers:
 //! a change is accepted when it follows the version that is present, and it is durable when the
-//! call returns. [`MemoryChunkStore`] is for tests of upper layers.
+//! call returns. [`FileChunkStore`] keeps it so through a kill or a power cut at any point;
+//! [`MemoryChunkStore`] is for tests of upper layers.
 
 mod error;
+mod file;
 mod memory;
 
 #[cfg(test)]
 mod contract;
 
 pub use error::ChunkError;
+pub use file::{CheckError, CheckReport, FileChunkStore, Identity, IdentityError, OpenError, Problem, check};
 pub use memory::MemoryChunkStore;
 
 use async_trait::async_trait;

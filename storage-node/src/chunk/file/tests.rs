@@ -1,0 +1,246 @@
+//! The store against a model, with kills, power cuts and failing disks in between.
+
+use super::engine::{Engine, Limits};
+use super::simulation::SimDisk;
+use super::*;
+use crate::chunk::{MAX_CHUNK_LENGTH, crc32c};
+use lazarette_types::InodeId;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+type Key = (ReplicaSetId, ChunkId);
+type Model = BTreeMap<Key, (Version, Vec<u8>)>;
+
+const SMALL: Limits = Limits {
+    log: 256 << 10,
+    direct: 16 << 10,
+    headroom: 0,
+};
+
+fn node() -> NodeId {
+    NodeId("storage-0".into())
+}
+
+fn key(n: u8) -> Key {
+    let chunk = ChunkId {
+        volume: VolumeId(u64::from(n % 2)),
+        ino: InodeId(u64::from(n / 4)),
+        index: u32::from(n),
+    };
+    (ReplicaSetId(u32::from(n / 2 % 2)), chunk)
+}
+
+fn v(sequence: u64) -> Version {
+    Version { epoch: 1, sequence }
+}
+
+fn start(disk: &SimDisk) -> Engine {
+    prepare(Arc::new(disk.clone()), SMALL, "c", &node()).unwrap().1
+}
+
+fn data(length: usize, seed: u64) -> Bytes {
+    let byte = |i: usize| (seed.wrapping_mul(31).wrapping_add(i as u64 / 3) % 251) as u8;
+    (0..length).map(byte).collect::<Vec<_>>().into()
+}
+
+fn write(offset: u32, data: Bytes) -> Change {
+    let crc = crc32c(&data);
+    Change::Write { offset, data, crc }
+}
+
+fn contents(engine: &Engine) -> Model {
+    let mut model = Model::new();
+    for rs in engine.replica_sets().unwrap() {
+        for summary in engine.list(rs).unwrap() {
+            let key = (rs, summary.chunk);
+            let whole = engine.read(key, 0, MAX_CHUNK_LENGTH).unwrap();
+            assert_eq!(whole.version, summary.version);
+            assert_eq!(whole.data.len(), summary.length as usize);
+            model.insert(key, (whole.version, whole.data.to_vec()));
+        }
+    }
+    model
+}
+
+fn assert_clean(disk: &SimDisk) {
+    let report = check::check_disk(Arc::new(disk.clone())).unwrap();
+    assert_eq!(report.problems, []);
+}
+
+/// Compared without printing a megabyte.
+fn same(a: &Model, b: &Model) -> bool {
+    a == b
+}
+
+fn outline(model: &Model) -> Vec<(Key, Version, usize, u32)> {
+    let line = |(key, (version, data)): (&Key, &(Version, Vec<u8>))| (*key, *version, data.len(), crc32c(data));
+    model.iter().map(line).collect()
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u8, u32, usize),
+    /// Behind the chunk's end, this far.
+    Append(u8, u32, usize),
+    Truncate(u8, u32),
+    Delete(u8),
+    Install(u8, Option<usize>),
+    DropVolume(u8),
+    DropReplicaSet(u8),
+    Checkpoint,
+    Kill,
+    /// During the next operations, after so many steps of the disk.
+    PowerCut(u64, u64),
+}
+
+fn size() -> impl Strategy<Value = usize> {
+    prop_oneof![1..300usize, 4000..9000usize, 12_000..60_000usize]
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let k = 0..8u8;
+    prop_oneof![
+        6 => (k.clone(), 0..100_000u32, size()).prop_map(|(k, o, n)| Op::Write(k, o, n)),
+        6 => (k.clone(), prop_oneof![Just(0), 0..9000u32], size())
+            .prop_map(|(k, o, n)| Op::Append(k, o, n)),
+        3 => (k.clone(), 0..100_000u32).prop_map(|(k, n)| Op::Truncate(k, n)),
+        1 => k.clone().prop_map(|k| Op::Truncate(k, 0)),
+        2 => k.clone().prop_map(Op::Delete),
+        3 => (k.clone(), proptest::option::weighted(0.8, prop_oneof![Just(0), size()]))
+            .prop_map(|(k, n)| Op::Install(k, n)),
+        1 => (0..2u8).prop_map(Op::DropVolume),
+        1 => (0..2u8).prop_map(Op::DropReplicaSet),
+        3 => Just(Op::Checkpoint),
+        2 => Just(Op::Kill),
+        5 => (0..30u64, any::<u64>()).prop_map(|(n, seed)| Op::PowerCut(n, seed)),
+    ]
+}
+
+/// Makes the operation in the model and on the engine.
+fn perform(engine: &Engine, model: &mut Model, op: &Op, n: u64) -> Result<(), ChunkError> {
+    let mut apply = |key: Key, change: Change| {
+        let (previous, mut bytes) = model.get(&key).cloned().unwrap_or_default();
+        match &change {
+            Change::Write { offset, data, .. } => {
+                let end = *offset as usize + data.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[*offset as usize..end].copy_from_slice(data);
+                model.insert(key, (v(n), bytes));
+            }
+            Change::Truncate(length) => {
+                bytes.truncate(*length as usize);
+                model.insert(key, (v(n), bytes));
+            }
+            Change::Delete => {
+                model.remove(&key);
+            }
+        }
+        engine.apply(key, previous, v(n), change)
+    };
+    match *op {
+        Op::Write(k, offset, length) => apply(key(k), write(offset, data(length, n))),
+        Op::Append(k, gap, length) => {
+            let end = engine.list(key(k).0)?;
+            let end = end.iter().find(|s| s.chunk == key(k).1);
+            let offset = end.map_or(0, |s| s.length) + gap;
+            apply(key(k), write(offset, data(length, n)))
+        }
+        Op::Truncate(k, length) => apply(key(k), Change::Truncate(length)),
+        Op::Delete(k) => apply(key(k), Change::Delete),
+        Op::Install(k, Some(length)) => {
+            let bytes = data(length, n);
+            model.insert(key(k), (v(n), bytes.to_vec()));
+            engine.install(key(k), v(n), &bytes, crc32c(&bytes))
+        }
+        Op::Install(k, None) => {
+            model.remove(&key(k));
+            engine.install(key(k), Version::NONE, &Bytes::new(), crc32c(b""))
+        }
+        Op::DropVolume(n) => {
+            let volume = VolumeId(u64::from(n));
+            model.retain(|(_, chunk), _| chunk.volume != volume);
+            engine.drop_volume(volume)
+        }
+        Op::DropReplicaSet(n) => {
+            let rs = ReplicaSetId(u32::from(n));
+            model.retain(|(of, _), _| *of != rs);
+            engine.drop_replica_set(rs)
+        }
+        Op::Checkpoint => engine.checkpoint(),
+        Op::Kill | Op::PowerCut(..) => Ok(()),
+    }
+}
+
+/// Runs the operations; whenever the power is cut, what is found must be what was acknowledged,
+/// with or without the one operation that was under way.
+fn run(ops: &[Op]) {
+    let mut disk = SimDisk::default();
+    let mut engine = start(&disk);
+    let mut model = Model::new();
+    let mut cut = None;
+    let mut n = 0;
+    for op in ops {
+        n += 1;
+        match op {
+            Op::Kill if cut.is_none() => {
+                drop(engine);
+                disk = disk.after_kill();
+                assert_clean(&disk);
+                engine = start(&disk);
+                assert_eq!(outline(&contents(&engine)), outline(&model));
+                continue;
+            }
+            Op::PowerCut(after, seed) if cut.is_none() => {
+                disk.cut_after(*after);
+                cut = Some(*seed);
+                continue;
+            }
+            _ => {}
+        }
+        let before = model.clone();
+        let Err(error) = perform(&engine, &mut model, op, n) else {
+            continue;
+        };
+        let Some(mut seed) = cut.take() else {
+            panic!("{op:?}: {error}");
+        };
+        drop(engine);
+        // The power may be cut again while the store recovers.
+        disk = disk.after_power_cut(seed);
+        loop {
+            assert_clean(&disk);
+            seed = seed.rotate_left(7) ^ 0x9e37;
+            if seed % 3 == 0 {
+                break;
+            }
+            disk.cut_after(seed % 13);
+            let again = prepare(Arc::new(disk.clone()), SMALL, "c", &node());
+            if let Ok((_, engine)) = again {
+                let _ = engine.checkpoint();
+            }
+            disk = disk.after_power_cut(seed);
+        }
+        engine = start(&disk);
+        let found = contents(&engine);
+        if same(&found, &before) {
+            model = before;
+        } else {
+            assert_eq!(outline(&found), outline(&model), "{op:?}");
+        }
+    }
+    assert!(same(&contents(&engine), &model));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(150),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn nothing_acknowledged_is_lost(ops in proptest::collection::vec(op(), 1..60)) {
+        run(&ops);
+    }
+}
