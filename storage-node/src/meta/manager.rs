@@ -40,6 +40,7 @@ pub struct Manager {
     tasks: JoinSet<()>,
     /// What each volume's limits were set to.
     limits: HashMap<VolumeId, Limits>,
+    balance_every: Duration,
 }
 
 impl Manager {
@@ -52,7 +53,14 @@ impl Manager {
             busy: HashMap::new(),
             tasks: JoinSet::new(),
             limits: HashMap::new(),
+            balance_every: BALANCE_EVERY,
         }
+    }
+
+    /// Looks so often whether a shard should move to a node with fewer.
+    pub fn balance_every(mut self, interval: Duration) -> Self {
+        self.balance_every = interval;
+        self
     }
 
     /// Works until the lease ends or `shutdown` is cancelled; then all shards are given up.
@@ -61,7 +69,7 @@ impl Manager {
         let lease = self.context.lease.clone();
         let mut tick = tokio::time::interval(REPORT_EVERY / 4);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut balance = tokio::time::interval(BALANCE_EVERY);
+        let mut balance = tokio::time::interval(self.balance_every);
         balance.set_missed_tick_behavior(MissedTickBehavior::Delay);
         balance.reset();
         loop {

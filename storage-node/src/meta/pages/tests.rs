@@ -128,12 +128,12 @@ impl Owner {
             volume: 1,
             session,
             op_id: self.op,
-            ack_below: if self.op % 3 == 0 { self.op - 2 } else { 0 },
+            ack_below: if self.op.is_multiple_of(3) { self.op - 2 } else { 0 },
             op: Some(op),
         };
         self.ns.execute(&request, self.op as i64);
         for work in self.ns.take_work() {
-            if let (Work::Remove(ino), true) = (work, self.op % 2 == 0) {
+            if let (Work::Remove(ino), true) = (work, self.op.is_multiple_of(2)) {
                 self.ns.removed(ino);
             }
         }
