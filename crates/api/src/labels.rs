@@ -6,7 +6,7 @@ pub mod label {
     pub const NAME: &str = "app.kubernetes.io/name";
     /// The storage cluster's name.
     pub const INSTANCE: &str = "app.kubernetes.io/instance";
-    /// The part: `etcd` or `storage`.
+    /// The part: `etcd` or `storage-node`.
     pub const COMPONENT: &str = "app.kubernetes.io/component";
     /// Who made the object: `lazarette-operator`.
     pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";

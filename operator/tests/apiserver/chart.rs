@@ -118,13 +118,11 @@ fn unknown_and_impossible_values_are_refused() {
         ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
         ("kubeletDir=var/lib/kubelet", "/kubeletDir"),
         (
-            "storageClasses[0].name=x,storageClasses[0].cluster=c,storageClasses[0].chunkSize=3Mi",
-            "chunkSize",
+            "storageClass.parameters.chunkSize=3Mi",
+            "/storageClass/parameters/chunkSize",
         ),
-        (
-            "storageClasses[0].name=x,storageClasses[0].cluster=c,storageClasses[0].copys=3",
-            "copys",
-        ),
+        ("storageClass.parameters.copys=3", "copys"),
+        ("storageClass.parameters.copies=9", "/storageClass/parameters/copies"),
         ("mount.admin=7411", "/mount/admin"),
     ] {
         let output = template(&[setting]);

@@ -109,7 +109,7 @@ async fn drift_is_corrected_and_orphans_go() {
         serde_json::from_value(json!({
             "metadata": {
                 "name": name,
-                "labels": lazarette_api::component_labels("demo", "storage"),
+                "labels": lazarette_api::component_labels("demo", "storage-node"),
                 "ownerReferences": [{
                     "apiVersion": "lazarette.io/v1alpha1", "kind": "StorageCluster", "name": "demo", "uid": uid,
                 }],

@@ -61,7 +61,7 @@ fn persistent_volume(cluster: &ValidCluster, pin: &Pin) -> Option<PersistentVolu
     let host = pin.component.storage(cluster).host_path.as_ref()?;
     let claim = pin.component.claim(cluster, pin.ordinal);
     let namespace = &cluster.namespace;
-    let mut labels = component_labels(&cluster.name, pin.component.as_str());
+    let mut labels = component_labels(&cluster.name, pin.component.label());
     labels.insert(label::NAMESPACE.to_owned(), namespace.clone());
     let requirement = NodeSelectorRequirement {
         key: HOSTNAME.to_owned(),

@@ -81,7 +81,15 @@ impl Component {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Etcd, Self::Storage];
 
-    /// The value of the component label, and the end of the StatefulSet's name.
+    /// The value of the component label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Etcd => "etcd",
+            Self::Storage => "storage-node",
+        }
+    }
+
+    /// The end of the StatefulSet's name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Etcd => "etcd",
@@ -123,7 +131,7 @@ fn meta(cluster: &ValidCluster, component: Component, name: String) -> ObjectMet
     ObjectMeta {
         name: Some(name),
         namespace: Some(cluster.namespace.clone()),
-        labels: Some(component_labels(&cluster.name, component.as_str())),
+        labels: Some(component_labels(&cluster.name, component.label())),
         owner_references: Some(vec![cluster.owner.clone()]),
         ..ObjectMeta::default()
     }
@@ -155,7 +163,7 @@ fn disruption_budget(cluster: &ValidCluster, component: Component, name: String)
 
 fn label_selector(cluster: &ValidCluster, component: Component) -> LabelSelector {
     LabelSelector {
-        match_labels: Some(selector(&cluster.name, component.as_str())),
+        match_labels: Some(selector(&cluster.name, component.label())),
         ..LabelSelector::default()
     }
 }
@@ -166,7 +174,7 @@ fn headless_service(cluster: &ValidCluster, component: Component, name: String, 
         metadata: meta(cluster, component, name),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".to_owned()),
-            selector: Some(selector(&cluster.name, component.as_str())),
+            selector: Some(selector(&cluster.name, component.label())),
             // Pods must find each other before they can become ready.
             publish_not_ready_addresses: Some(true),
             ports: Some(ports),
@@ -301,7 +309,7 @@ fn affinity(cluster: &ValidCluster, component: Component) -> Affinity {
 /// The claim template of a StatefulSet. With host paths, the claims bind to the PersistentVolumes
 /// that the operator makes for them.
 fn claim_template(cluster: &ValidCluster, component: Component) -> PersistentVolumeClaim {
-    let labels = component_labels(&cluster.name, component.as_str());
+    let labels = component_labels(&cluster.name, component.label());
     let Some(template) = &component.storage(cluster).volume_claim_template else {
         return host_path::claim_template(labels);
     };
@@ -361,7 +369,7 @@ fn pod_template(
     let placement = component.placement(cluster);
     PodTemplateSpec {
         metadata: Some(ObjectMeta {
-            labels: Some(component_labels(&cluster.name, component.as_str())),
+            labels: Some(component_labels(&cluster.name, component.label())),
             ..ObjectMeta::default()
         }),
         spec: Some(PodSpec {
@@ -391,7 +399,7 @@ pub fn pod_selector(cluster: &str, component: Component) -> String {
         label::NAME,
         label::INSTANCE,
         label::COMPONENT,
-        component.as_str()
+        component.label()
     )
 }
 

@@ -21,7 +21,7 @@ pub(super) fn add(cluster: &ValidCluster, defaults: &Defaults, replicas: i32, ob
     objects.services.push(Service {
         metadata: meta(cluster, Component::Storage, name.clone()),
         spec: Some(ServiceSpec {
-            selector: Some(selector(&cluster.name, Component::Storage.as_str())),
+            selector: Some(selector(&cluster.name, Component::Storage.label())),
             ports: Some(vec![service_port(GRPC, STORAGE_PORT)]),
             type_: Some("ClusterIP".to_owned()),
             ..ServiceSpec::default()
