@@ -127,7 +127,7 @@ impl Daemon {
                 return Ok(());
             }
             // Its session was ended by the owner: only a new mount helps.
-            tracing::warn!(target = %target.display(), "replacing a mount whose session has ended");
+            tracing::warn!(folder = %target.display(), "replacing a mount whose session has ended");
             present.unmount(true).await.map_err(|error| status(&error))?;
             lock(&self.mounts).remove(&target);
         }

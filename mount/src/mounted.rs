@@ -100,14 +100,14 @@ impl Mount {
             }),
         };
         tracing::info!(
-            volume = id.0, target = %mount.target().display(), session = mount.inner.volume.session().0, "mounted"
+            volume = id.0, folder = %mount.target().display(), session = mount.inner.volume.session().0, "mounted"
         );
         let inner = mount.inner.clone();
         tokio::spawn(async move {
             match served.await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::error!(%error, target = %inner.target.display(), "the FUSE session failed"),
-                Err(_) => tracing::error!(target = %inner.target.display(), "the FUSE session's thread failed"),
+                Ok(Err(error)) => tracing::error!(%error, folder = %inner.target.display(), "the FUSE session failed"),
+                Err(_) => tracing::error!(folder = %inner.target.display(), "the FUSE session's thread failed"),
             }
             // A session that failed leaves a dead mount; one that ended normally, nothing.
             let folder = inner.target.clone();
@@ -180,10 +180,10 @@ impl Mount {
     pub async fn shut_down(&self) {
         match self.unmount(false).await {
             Ok(()) => return,
-            Err(error) => tracing::warn!(%error, target = %self.inner.target.display(), "detaching"),
+            Err(error) => tracing::warn!(%error, folder = %self.inner.target.display(), "detaching"),
         }
         if let Err(error) = self.unmount(true).await {
-            tracing::error!(%error, target = %self.inner.target.display(), "cannot detach");
+            tracing::error!(%error, folder = %self.inner.target.display(), "cannot detach");
         }
         self.inner.end().await;
     }
@@ -204,7 +204,7 @@ impl Inner {
             }
         }
         if !self.ended.is_cancelled() {
-            tracing::info!(volume = self.volume.id().0, target = %self.target.display(), "unmounted");
+            tracing::info!(volume = self.volume.id().0, folder = %self.target.display(), "unmounted");
         }
         self.ended.cancel();
     }

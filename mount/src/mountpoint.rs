@@ -53,7 +53,7 @@ pub(crate) fn clear_dead(target: &Path) -> io::Result<()> {
     for _ in 0..LIMIT {
         match rustix::fs::stat(target) {
             Err(Errno::NOTCONN | Errno::CONNABORTED) => {
-                tracing::warn!(target = %target.display(), "detaching a dead mount");
+                tracing::warn!(folder = %target.display(), "detaching a dead mount");
                 unmount(target, true)?;
             }
             Err(error) => return Err(named(error, &format!("target {}", target.display()))),

@@ -1,15 +1,13 @@
 use crate::inode::Inode;
 use crate::metadata::{NewNode, checked_name, create};
+use crate::readahead::ReadAhead;
 use crate::{Entry, Error, Result, SetAttributes, Volume};
 use bytes::Bytes;
 use lazarette_proto::meta::{Attr, Close, GetAttr, Open, request::Op};
 use lazarette_types::{ErrorCode, FILE_SIZE_MAX};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
-
-/// At the end of the file, a size that is older than this is asked for again.
-const SIZE_FRESH: Duration = Duration::from_millis(100);
+use tokio::time::Instant;
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,6 +27,7 @@ pub struct File {
     /// Failed flushes that this handle has reported.
     reported: AtomicU64,
     closed: AtomicBool,
+    ahead: ReadAhead,
 }
 
 impl Volume {
@@ -111,6 +110,7 @@ impl Volume {
             mode,
             reported: AtomicU64::new(reported),
             closed: AtomicBool::new(false),
+            ahead: ReadAhead::default(),
         }
     }
 
@@ -196,14 +196,26 @@ impl File {
 
     /// Reads `length` bytes from `offset`, fewer at the end of the file. Holes are zeros.
     pub async fn read(&self, offset: u64, length: u32) -> Result<Bytes> {
-        let stale = {
+        let end = offset.saturating_add(u64::from(length));
+        let (size, stale) = {
             let state = self.inode.state();
-            offset.saturating_add(u64::from(length)) > state.view().size && state.attr_at.elapsed() > SIZE_FRESH
+            (state.view().size, Instant::now() > state.fresh_until)
         };
-        if stale {
-            self.volume.get_attr(self.ino()).await?;
+        let size = if end > size && stale {
+            self.volume.get_attr(self.ino()).await?.attr.size
+        } else {
+            size
+        };
+        let inner = &self.volume.inner;
+        inner.lease.check()?;
+        let end = end.min(size);
+        if end <= offset {
+            return Ok(Bytes::new());
         }
-        self.volume.inner.read(&self.inode, offset, length).await
+        match self.ahead.read(inner, &self.inode, offset, end).await {
+            Some(data) => Ok(data),
+            None => inner.read(&self.inode, offset, length).await,
+        }
     }
 
     /// Writes at `offset` (or, opened to append, at the end of the file) and returns where the

@@ -2,14 +2,15 @@
 
 use crate::backoff::Backoff;
 use crate::extents::Frozen;
-use crate::inode::{DIRTY_PER_INODE, Inode, State};
+use crate::inode::{DIRTY_PER_INODE, Inode};
+use crate::metadata;
 use crate::session;
 use crate::volume::Inner;
 use crate::{Error, Result};
 use bytes::Bytes;
 use crc_fast::CrcAlgorithm;
 use lazarette_proto::chunk::{ChunkId, WriteRequest};
-use lazarette_proto::meta::{Extend, request::Op, response};
+use lazarette_proto::meta::{Attr, Extend, request::Op, response};
 use lazarette_types::{ErrorCode, spans};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -150,8 +151,8 @@ impl Inner {
             let mut state = inode.state();
             state.flushing = None;
             match result {
-                Ok(attr) => {
-                    State::learn(&mut state, attr);
+                Ok((attr, ttl)) => {
+                    state.learn(attr, ttl);
                     None
                 }
                 Err(error) => {
@@ -170,7 +171,7 @@ impl Inner {
         error
     }
 
-    async fn send(&self, inode: &Inode, seed: u32, batch: &Frozen, mtime: i64) -> Result<lazarette_proto::meta::Attr> {
+    async fn send(&self, inode: &Inode, seed: u32, batch: &Frozen, mtime: i64) -> Result<(Attr, Duration)> {
         let mut writes = Vec::with_capacity(batch.extents().len());
         for (at, data) in batch.extents() {
             writes.push(self.write_durably(inode.ino, seed, *at, data.clone()));
@@ -184,8 +185,10 @@ impl Inner {
             end: batch.end(),
             mtime,
         };
-        match self.call(Op::Extend(extend)).await?.result {
-            Some(response::Result::Attr(attr)) => Ok(attr),
+        let response = self.call(Op::Extend(extend)).await?;
+        let ttl = metadata::ttl(&response);
+        match response.result {
+            Some(response::Result::Attr(attr)) => Ok((attr, ttl)),
             _ => Err(Error::malformed("no attributes")),
         }
     }

@@ -3,11 +3,15 @@ use crate::extents::{Extents, Frozen};
 use crate::lock::Held;
 use lazarette_proto::meta::Attr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 /// Unflushed bytes of one file at which its writers wait.
 pub(crate) const DIRTY_PER_INODE: usize = 32 << 20;
+
+/// A reader that meets the end of the file asks the owner at most so often whether it still is.
+const SIZE_FRESH: Duration = Duration::from_millis(100);
 
 /// What the client keeps of an open inode.
 #[derive(Debug)]
@@ -23,9 +27,10 @@ pub(crate) struct Inode {
 
 #[derive(Debug)]
 pub(crate) struct State {
-    /// The newest attributes known from the owner, and when they came.
+    /// The newest attributes known from the owner.
     attr: Attr,
-    pub(crate) attr_at: Instant,
+    /// Until when they are taken for the size of the file; then the owner is asked again.
+    pub(crate) fresh_until: Instant,
     pub(crate) dirty: Extents,
     pub(crate) dirty_since: Option<Instant>,
     /// Sent and not yet acknowledged, or not yet made part of the file by the owner.
@@ -51,7 +56,7 @@ impl Inode {
             ino: attr.ino,
             state: Mutex::new(State {
                 attr,
-                attr_at: Instant::now(),
+                fresh_until: Instant::now(),
                 dirty: Extents::default(),
                 dirty_since: None,
                 flushing: None,
@@ -83,13 +88,13 @@ impl State {
 
     /// Takes attributes from the owner unless newer ones are known (replies may overtake each
     /// other), and returns the local view.
-    pub(crate) fn learn(&mut self, attr: Attr) -> Attr {
+    pub(crate) fn learn(&mut self, attr: Attr, ttl: Duration) -> Attr {
         if attr.change >= self.attr.change {
             if attr.change != self.attr.change {
                 self.content += 1;
             }
             self.attr = attr;
-            self.attr_at = Instant::now();
+            self.fresh_until = Instant::now() + ttl.max(SIZE_FRESH);
         }
         self.view()
     }

@@ -23,6 +23,7 @@ mod map;
 mod metadata;
 mod ops;
 mod read;
+mod readahead;
 mod session;
 mod volume;
 

@@ -1,6 +1,5 @@
 //! Advisory locks, granted by the owner, held by the session.
 
-use crate::backoff::Backoff;
 use crate::inode::Inode;
 use crate::volume::Inner;
 use crate::{Entry, Error, File, Result};
@@ -8,10 +7,15 @@ use lazarette_proto::meta::{Lock, LockKind, LockMode, LockRange, TestLock, reque
 use lazarette_types::ErrorCode;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// How long the owner holds a request for a lock that another has.
-const WAIT_MS: u32 = 1000;
+/// How long the owner holds a request for a lock that another has; then it is asked again, at
+/// the end of the queue.
+const WAIT_MS: u32 = 10_000;
+
+/// Before it is asked again; an owner that has no room for waiters answers at once.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Last byte of a range that covers everything.
 const EVERYTHING: u64 = i64::MAX as u64;
@@ -105,7 +109,7 @@ impl Drop for Grant {
         tracker.spawn_on(
             async move {
                 for range in steps {
-                    if let Err(error) = ask(&inner, &inode, range, 0).await {
+                    if let Err(error) = ask(&inner, &inode, range).await {
                         tracing::warn!(%error, ino = inode.ino, "cannot undo a lock whose waiter has gone");
                     }
                 }
@@ -148,13 +152,35 @@ fn undo(range: &LockRange, before: &[Piece]) -> Vec<LockRange> {
     steps
 }
 
-async fn ask(inner: &Inner, inode: &Inode, range: LockRange, wait_ms: u32) -> Result<Vec<Piece>> {
-    let lock = Lock {
+fn request(inode: &Inode, range: LockRange, wait_ms: u32) -> Op {
+    Op::Lock(Lock {
         ino: inode.ino,
         range: Some(range),
         wait_ms,
+    })
+}
+
+/// Takes or releases without waiting; gives what was held in the range before.
+async fn ask(inner: &Inner, inode: &Inode, range: LockRange) -> Result<Vec<Piece>> {
+    inner.call(request(inode, range, 0)).await?;
+    Ok(inode.state().held.set(&range))
+}
+
+/// Waits for a lock until the owner's time for it is over, or the waiter is gone.
+async fn ask_and_wait<T>(
+    inner: &Inner,
+    inode: &Inode,
+    range: LockRange,
+    waiter: &mut oneshot::Sender<T>,
+) -> Result<Vec<Piece>> {
+    let id = inner.lease.unless_dead(inner.ops.begin()).await?;
+    let answer = tokio::select! {
+        biased;
+        answer = inner.call_as(id.get(), request(inode, range, WAIT_MS)) => answer,
+        // The same id without waiting: the owner ends the wait, or says that it has granted.
+        () = waiter.closed() => inner.call_as(id.get(), request(inode, range, 0)).await,
     };
-    inner.call(Op::Lock(lock)).await?;
+    answer?;
     Ok(inode.state().held.set(&range))
 }
 
@@ -171,28 +197,31 @@ impl File {
         if range.mode() == LockMode::Unlock {
             // A failed flush is reported by fsync and close; the lock is released all the same.
             let _ = self.volume.inner.flush(&self.inode).await;
-            ask(&self.volume.inner, &self.inode, range, 0).await?;
+            ask(&self.volume.inner, &self.inode, range).await?;
             return Ok(Entry {
                 attr: self.attr(),
-                ttl: std::time::Duration::ZERO,
+                ttl: Duration::ZERO,
             });
         }
-        let mut backoff = Backoff::new();
         let mut grant = loop {
-            let (sender, receiver) = oneshot::channel();
+            let (mut sender, receiver) = oneshot::channel();
             let inner = self.volume.inner.clone();
             let inode = self.inode.clone();
+            // A task of its own: what was asked for is known to be held or not in the end.
             self.volume.inner.work.spawn(async move {
-                let wait_ms = if wait { WAIT_MS } else { 0 };
-                let answer = ask(&inner, &inode, range, wait_ms).await.map(|before| Grant {
+                let before = if wait {
+                    ask_and_wait(&inner, &inode, range, &mut sender).await
+                } else {
+                    ask(&inner, &inode, range).await
+                };
+                // If nobody receives it, the grant is dropped and thereby undone.
+                let _ = sender.send(before.map(|before| Grant {
                     inner,
                     inode,
                     range,
                     before,
                     kept: false,
-                });
-                // If nobody receives it, the grant is dropped and thereby undone.
-                let _ = sender.send(answer);
+                }));
             });
             let answer = receiver
                 .await
@@ -200,8 +229,7 @@ impl File {
             match answer {
                 Ok(grant) => break grant,
                 Err(error) if error.code() == ErrorCode::WouldBlock && wait => {
-                    self.volume.inner.lease.unless_dead(backoff.wait()).await?;
-                    backoff = Backoff::new();
+                    self.volume.inner.lease.unless_dead(tokio::time::sleep(PAUSE)).await?;
                 }
                 Err(error) => return Err(error),
             }

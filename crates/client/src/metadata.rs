@@ -88,7 +88,7 @@ impl Volume {
             return Err(Error::malformed("no attributes"));
         };
         let attr = match self.inner.inode(attr.ino) {
-            Some(inode) => inode.state().learn(attr),
+            Some(inode) => inode.state().learn(attr, ttl),
             None => attr,
         };
         Ok(Entry { attr, ttl })
@@ -165,7 +165,7 @@ impl Volume {
             if let Some(attr) = entry.attr
                 && let Some(inode) = self.inner.inode(attr.ino)
             {
-                entry.attr = Some(inode.state().learn(attr));
+                entry.attr = Some(inode.state().learn(attr, ttl));
             }
         }
         Ok((listing.entries, listing.end, ttl))

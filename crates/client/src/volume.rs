@@ -3,6 +3,7 @@ use crate::cluster::Cluster;
 use crate::inode::Inode;
 use crate::map::Map;
 use crate::ops::Ops;
+use crate::readahead::BLOCKS_PER_VOLUME;
 use crate::session::{self, Lease};
 use crate::{Error, Result, flush};
 use lazarette_proto::cluster::VolumeMap;
@@ -76,6 +77,8 @@ pub(crate) struct Inner {
     pub(crate) options: VolumeOptions,
     /// Data requests in flight.
     pub(crate) in_flight: Semaphore,
+    /// Room for blocks read ahead.
+    pub(crate) read_ahead: Arc<Semaphore>,
     pub(crate) flusher: flush::Flusher,
     /// Work that must end before the session is closed.
     pub(crate) work: TaskTracker,
@@ -100,6 +103,7 @@ impl Volume {
             inodes: Mutex::default(),
             room: Semaphore::new(options.dirty_bytes),
             in_flight: Semaphore::new(options.in_flight),
+            read_ahead: Arc::new(Semaphore::new(BLOCKS_PER_VOLUME)),
             flusher: flush::Flusher::default(),
             options,
             work: TaskTracker::new(),
@@ -237,7 +241,16 @@ impl Inner {
     /// One operation at the owner, repeated until it has an answer that is not retryable.
     /// Dropping the future is safe: the operation then happens once or not at all.
     pub(crate) async fn call(&self, op: Op) -> Result<Response> {
-        let id = mutates(&op).then(|| self.ops.begin());
+        if needs_id(&op) {
+            let id = self.lease.unless_dead(self.ops.begin()).await?;
+            self.call_as(id.get(), op).await
+        } else {
+            self.call_as(0, op).await
+        }
+    }
+
+    /// The same with an id from [`Ops`], whose guard the caller holds (0: none).
+    pub(crate) async fn call_as(&self, op_id: u64, op: Op) -> Result<Response> {
         let limit = match &op {
             Op::Lock(meta::Lock { wait_ms, .. }) | Op::AppendBegin(meta::AppendBegin { wait_ms, .. }) => {
                 ATTEMPT + Duration::from_millis(u64::from(*wait_ms))
@@ -257,7 +270,7 @@ impl Inner {
                     let request = Request {
                         volume: self.id.0,
                         session: self.session.0,
-                        op_id: id.as_ref().map_or(0, |id| id.get()),
+                        op_id,
                         ack_below: self.ops.ack_below(),
                         op: Some(op.clone()),
                     };
@@ -291,8 +304,9 @@ impl Inner {
     }
 }
 
-/// Whether an operation changes something, so that it needs an id.
-fn mutates(op: &Op) -> bool {
+/// Whether an operation needs an id: because it changes something, or (Open and Close) so that
+/// the owner knows which of two was sent first.
+fn needs_id(op: &Op) -> bool {
     match op {
         Op::Lookup(_)
         | Op::GetAttr(_)
@@ -301,10 +315,10 @@ fn mutates(op: &Op) -> bool {
         | Op::StatFs(_)
         | Op::GetXattr(_)
         | Op::ListXattr(_)
-        | Op::TestLock(_)
-        | Op::Open(_)
-        | Op::Close(_) => false,
-        Op::Create(_)
+        | Op::TestLock(_) => false,
+        Op::Open(_)
+        | Op::Close(_)
+        | Op::Create(_)
         | Op::Unlink(_)
         | Op::RmDir(_)
         | Op::Rename(_)

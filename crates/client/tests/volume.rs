@@ -503,3 +503,42 @@ async fn bad_input_and_unknown_volumes_fail_at_once() {
     let far = file.write(u64::MAX - 5, b"0123456789").await.unwrap_err();
     assert_eq!(far.code(), ErrorCode::FileTooBig);
 }
+
+#[tokio::test]
+async fn streams_are_read_ahead_and_never_stale() {
+    let cluster = TestCluster::start(2).await;
+    let one = mount(&cluster).await;
+    let two = mount(&cluster).await;
+    let size = 6 * CHUNK_SIZE as usize + 777;
+    let file = create(&one, "f").await;
+    file.write(0, &pattern(size, 0)).await.unwrap();
+    file.fsync().await.unwrap();
+    let reader = open(&two, "f", OpenMode::default()).await;
+    for round in 0..4_u8 {
+        let want = pattern(size, round);
+        let before = cluster.count(At::Read);
+        let mut got = Vec::new();
+        while got.len() < size {
+            let part = reader.read(got.len() as u64, 128 << 10).await.unwrap();
+            assert!(!part.is_empty());
+            got.extend_from_slice(&part);
+        }
+        assert!(got == want, "round {round}");
+        let requests = cluster.count(At::Read) - before;
+        assert!(requests < 20, "{requests} requests for {} reads", size >> 17);
+        // Changed under the reader; a lock (or open, or looking at the attributes) tells it.
+        file.write(0, &pattern(size, round + 1)).await.unwrap();
+        file.fsync().await.unwrap();
+        reader.lock(lock(LockMode::Shared, 7), true).await.unwrap();
+        reader.lock(lock(LockMode::Unlock, 7), false).await.unwrap();
+    }
+    // Its own writes show at once, in the midst of what was read ahead.
+    let mut got = reader.read(0, 1 << 20).await.unwrap().to_vec();
+    reader.write(2_000_000, b"mine").await.unwrap();
+    while got.len() < size {
+        got.extend_from_slice(&reader.read(got.len() as u64, 128 << 10).await.unwrap());
+    }
+    let mut want = pattern(size, 4);
+    want[2_000_000..2_000_004].copy_from_slice(b"mine");
+    assert!(got == want);
+}
