@@ -186,7 +186,7 @@ impl Tenure {
             // No change begins meanwhile, and those that began have reached the learner or failed
             // to: so what follows builds on what is copied now.
             let _turn = self.turn_to_read(chunk).await;
-            self.arrived(node, chunk).await;
+            self.arrived_at(node, chunk).await;
             match self.equalize(node, chunk, present).await {
                 Ok(bytes) => bytes,
                 // Counted where it was found. The other chunks still deserve their copies.
@@ -200,8 +200,8 @@ impl Tenure {
         Ok(())
     }
 
-    /// Waits for the deliveries of a chunk to a peer.
-    async fn arrived(&self, node: &NodeId, chunk: ChunkId) {
+    /// Waits for the deliveries of a chunk to one peer.
+    async fn arrived_at(&self, node: &NodeId, chunk: ChunkId) {
         let tail = {
             let state = self.state();
             state.slots.get(&chunk).and_then(|slot| slot.tails.get(node).cloned())

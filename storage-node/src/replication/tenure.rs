@@ -356,13 +356,7 @@ impl Tenure {
         };
         if present.is_none() {
             // Then the highest version elsewhere is taken for the right one: let all arrive.
-            let tails: Vec<_> = self
-                .state()
-                .slots
-                .get(&chunk)
-                .map(|slot| slot.tails.values().cloned().collect())
-                .unwrap_or_default();
-            futures::future::join_all(tails.iter().map(CancellationToken::cancelled)).await;
+            self.arrived(chunk).await;
         }
         let mut unreachable = None;
         let mut best: Option<Contents> = None;

@@ -39,6 +39,12 @@ impl Tenure {
         change: Change,
         turn: WriteTurn,
     ) -> Result<(), ReplicationError> {
+        if change == Change::Delete {
+            // A deletion leaves no version behind. If it came to an end half-way, and a member had
+            // not even got the change before, a recovery would take that member's older copy for
+            // the newest. So all that went before arrives first.
+            self.arrived(chunk).await;
+        }
         let Some(operation) = self.begin(chunk, change).await? else {
             return Ok(());
         };
@@ -81,6 +87,17 @@ impl Tenure {
             // Age comes without a signal.
             let _ = tokio::time::timeout(Duration::from_millis(50), changed).await;
         }
+    }
+
+    /// Waits for all deliveries of a chunk under way: until they are made, or their peers are gone.
+    pub(crate) async fn arrived(&self, chunk: ChunkId) {
+        let tails: Vec<_> = {
+            let state = self.state();
+            let slot = state.slots.get(&chunk);
+            slot.map(|slot| slot.tails.values().cloned().collect())
+                .unwrap_or_default()
+        };
+        futures::future::join_all(tails.iter().map(CancellationToken::cancelled)).await;
     }
 
     /// Gives the change its place and starts its delivery. None: nothing to do.

@@ -181,6 +181,7 @@ pub(super) enum LinkState {
 pub(super) struct Link {
     pub(super) address: SocketAddr,
     pub(super) state: watch::Sender<LinkState>,
+    /// Where it leads; a change ends the connections to the former target.
     pub(super) target: watch::Sender<Option<SocketAddr>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -204,8 +205,10 @@ impl Link {
                 let Ok((inbound, _)) = listener.accept().await else {
                     return;
                 };
-                let (mut state, target) = (states.clone(), *targets.borrow());
-                let Some(target) = target else { continue };
+                let (mut state, mut targets) = (states.clone(), targets.clone());
+                let Some(target) = *targets.borrow_and_update() else {
+                    continue;
+                };
                 if *state.borrow() == LinkState::Cut {
                     continue;
                 }
@@ -220,6 +223,7 @@ impl Link {
                         () = forward(ir, ow, state.clone()) => {}
                         () = forward(or, iw, state.clone()) => {}
                         _ = state.wait_for(|s| *s == LinkState::Cut) => {}
+                        _ = targets.changed() => {}
                     }
                 });
             }

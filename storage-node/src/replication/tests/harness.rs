@@ -265,10 +265,7 @@ impl Cluster {
         let _ = killed.lease.resign(&*killed.store).await;
         for (&(_, to), link) in self.links.iter() {
             if to == i {
-                // Connections of the dead process end.
                 link.target.send_replace(None);
-                link.state.send_replace(LinkState::Cut);
-                link.state.send_replace(LinkState::Up);
             }
         }
         killed.lease

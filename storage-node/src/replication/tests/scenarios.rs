@@ -1,6 +1,14 @@
 use super::faults::LinkState;
-use super::harness::{Cluster, chunk, node, quick};
+use super::harness::{Cluster, DEADLINE, chunk, node, quick, read_request, write_request};
+use crate::chunk::MemoryChunkStore;
+use crate::replication::{RepairBacklog, ReplicationConfig};
 use bytes::Bytes;
+use lazarette_metastore::{MetaStore, Op, ReplicaSetRecord, Txn};
+use lazarette_proto::code_of;
+use lazarette_types::{ErrorCode, ReplicaSetId, VolumeId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writes_are_read_and_reach_all_members() {
@@ -72,4 +80,325 @@ async fn a_primary_restarted_before_anyone_noticed_finds_what_only_others_have()
     cluster.whole(set).await;
     assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "acknowledged");
     cluster.converged(set).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_cut_off_from_the_store_neither_acknowledges_nor_serves() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    client.write(set, id, 0, "one").await.unwrap();
+    let old = cluster.record(set).await;
+    assert_eq!(old.primary, node(0));
+    // It still reaches the members, only not the store: its lease runs out.
+    cluster.running(0).store.cut.store(true, Ordering::SeqCst);
+    cluster.until(set, "led by another", |r| r.primary != node(0)).await;
+    cluster.serving(set).await;
+    client.write(set, id, 0, "two").await.unwrap();
+    // A client with the old map.
+    let mut stale = client.of(&node(0));
+    let read = stale.read(read_request(set, old.epoch, id)).await.unwrap_err();
+    assert!(code_of(&read).retryable(), "{read}");
+    let data = Bytes::from_static(b"old");
+    let write = stale
+        .write(write_request(set, old.epoch, id, 0, &data))
+        .await
+        .unwrap_err();
+    assert!(code_of(&write).retryable(), "{write}");
+    assert_eq!(client.read(set, id).await.unwrap(), "two");
+    // And the old map at the new primary is noticed.
+    let primary = cluster.record(set).await.primary;
+    let error = client
+        .of(&primary)
+        .read(read_request(set, old.epoch, id))
+        .await
+        .unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::WrongEpoch);
+    cluster.kill(0).await;
+    cluster.start_node(0).await;
+    cluster.whole(set).await;
+    cluster.converged(set).await;
+    assert_eq!(client.read(set, id).await.unwrap(), "two");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_cut_short_does_not_bring_an_older_copy_back() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    client.write(set, id, 0, "old").await.unwrap();
+    cluster.converged(set).await;
+    // The third member has the old contents only.
+    cluster.link(0, 2, LinkState::Paused);
+    client.write(set, id, 0, "new").await.unwrap();
+    let mut deletion = Box::pin(client.delete(set, id));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut deletion).await;
+    assert!(early.is_err(), "deleted without the third member");
+    drop(deletion);
+    cluster.kill(0).await;
+    cluster.link(0, 2, LinkState::Up);
+    assert_eq!(client.read(set, id).await.unwrap(), "new");
+    client.delete(set, id).await.unwrap();
+    cluster.start_node(0).await;
+    cluster.whole(set).await;
+    assert!(cluster.converged(set).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_does_not_answer_is_ejected_and_returns() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    for i in 0..8 {
+        client.write(set, chunk(2, i), 0, "before").await.unwrap();
+    }
+    cluster.link(0, 1, LinkState::Cut);
+    for i in 4..12 {
+        client.write(set, chunk(2, i), 0, "during").await.unwrap();
+    }
+    client.delete(set, chunk(2, 0)).await.unwrap();
+    cluster
+        .until(set, "without node 1", |r| !r.in_sync.contains(&node(1)))
+        .await;
+    client.write(set, chunk(2, 3), 0, "later").await.unwrap();
+    cluster.link(0, 1, LinkState::Up);
+    cluster.whole(set).await;
+    let copies = cluster.converged(set).await;
+    assert_eq!(copies.len(), 11);
+    assert_eq!(&copies[&chunk(2, 3)][..], b"latere");
+    assert_eq!(cluster.running(0).replicas.repair_backlog(), RepairBacklog::default());
+    assert!(cluster.running(0).replicas.counters().members_admitted.get() >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_with_an_empty_disk_catches_up_under_load() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    for i in 0..200 {
+        client.write(set, chunk(2, i), 0, vec![i as u8; 5000]).await.unwrap();
+    }
+    cluster.kill(2).await;
+    cluster
+        .until(set, "without node 2", |r| !r.in_sync.contains(&node(2)))
+        .await;
+    cluster.disks[2] = Arc::new(MemoryChunkStore::new());
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut load = tokio::task::JoinSet::new();
+    for worker in 0..4u32 {
+        let (client, stop) = (client.clone(), Arc::clone(&stop));
+        load.spawn(async move {
+            let mut n = 0u32;
+            while !stop.load(Ordering::SeqCst) {
+                let id = chunk(2, (n * 7 + worker * 50) % 220);
+                if n % 11 == 10 {
+                    client.delete(set, id).await.unwrap();
+                } else {
+                    client.write(set, id, n % 4000, vec![worker as u8; 900]).await.unwrap();
+                }
+                n += 1;
+            }
+            n
+        });
+    }
+    cluster.start_node(2).await;
+    cluster.whole(set).await;
+    stop.store(true, Ordering::SeqCst);
+    let mut total = 0;
+    while let Some(n) = load.join_next().await {
+        total += n.unwrap();
+    }
+    assert!(total > 0);
+    cluster.whole(set).await;
+    cluster.converged(set).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_copy_is_healed_from_another_member() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    client.write(set, id, 0, "precious").await.unwrap();
+    cluster.converged(set).await;
+    assert!(cluster.disks[0].damage(set, id));
+    assert_eq!(client.read(set, id).await.unwrap(), "precious");
+    assert_eq!(cluster.running(0).replicas.counters().chunks_healed.get(), 1);
+    // Written over while damaged.
+    assert!(cluster.disks[0].damage(set, id));
+    client.write(set, id, 0, "P").await.unwrap();
+    assert_eq!(client.read(set, id).await.unwrap(), "Precious");
+    cluster.converged(set).await;
+    for disk in &cluster.disks {
+        assert!(disk.damage(set, id));
+    }
+    assert_eq!(client.read(set, id).await.unwrap_err(), ErrorCode::Corrupt);
+    // Only deleting helps.
+    client.delete(set, id).await.unwrap();
+    client.write(set, id, 0, "anew").await.unwrap();
+    assert_eq!(client.read(set, id).await.unwrap(), "anew");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_is_an_error_and_leaves_all_members_alike() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    client.write(set, id, 0, "fits").await.unwrap();
+    // The primary's own disk: others may have made the change already.
+    cluster.running(0).chunks.full.store(true, Ordering::SeqCst);
+    assert_eq!(
+        client.write(set, id, 0, "does not").await.unwrap_err(),
+        ErrorCode::NoSpace
+    );
+    cluster.running(0).chunks.full.store(false, Ordering::SeqCst);
+    assert_eq!(client.read(set, id).await.unwrap(), "fits");
+    cluster.converged(set).await;
+    // Both backups': the primary has made it and takes it back.
+    for i in [1, 2] {
+        cluster.running(i).chunks.full.store(true, Ordering::SeqCst);
+    }
+    assert_eq!(
+        client.write(set, id, 0, "does not").await.unwrap_err(),
+        ErrorCode::NoSpace
+    );
+    assert_eq!(
+        client.write(set, chunk(2, 1), 0, "new").await.unwrap_err(),
+        ErrorCode::NoSpace
+    );
+    for i in [1, 2] {
+        cluster.running(i).chunks.full.store(false, Ordering::SeqCst);
+    }
+    client.write(set, id, 4, " now").await.unwrap();
+    assert_eq!(client.read(set, id).await.unwrap(), "fits now");
+    assert_eq!(client.read(set, chunk(2, 1)).await.unwrap(), "");
+    cluster.whole(set).await;
+    assert_eq!(cluster.converged(set).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fewer_in_sync_than_must_acknowledge_reads_go_on_and_writes_wait() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    client.write(set, chunk(2, 0), 0, "here").await.unwrap();
+    cluster.kill(1).await;
+    cluster.kill(2).await;
+    cluster.until(set, "alone", |r| r.in_sync == [node(0)]).await;
+    assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "here");
+    let data = Bytes::from_static(b"waits");
+    let refused = client.write_once(set, chunk(2, 0), 0, &data).await.unwrap_err();
+    assert_eq!(refused, ErrorCode::Unavailable);
+    assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "here");
+    cluster.start_node(2).await;
+    client.write(set, chunk(2, 0), 0, "went on").await.unwrap();
+    cluster.start_node(1).await;
+    cluster.whole(set).await;
+    cluster.converged(set).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sets_return_to_their_first_member() {
+    let mut cluster = Cluster::start(
+        3,
+        ReplicationConfig {
+            hand_back_after: Duration::from_millis(300),
+            ..quick()
+        },
+    )
+    .await;
+    let table = cluster.table(3, 2).await;
+    let client = cluster.client();
+    cluster.kill(0).await;
+    for set in &table {
+        client.write(*set, chunk(2, 0), 0, "kept").await.unwrap();
+    }
+    cluster.start_node(0).await;
+    for set in &table {
+        let home = |r: &ReplicaSetRecord| r.primary == r.members[0] && !r.recovering && r.in_sync.len() == 3;
+        cluster.until(*set, "back home", home).await;
+        assert_eq!(client.read(*set, chunk(2, 0)).await.unwrap(), "kept");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_of_deleted_volumes_are_dropped() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    client.write(set, chunk(2, 0), 0, "gone soon").await.unwrap();
+    let delete = Txn {
+        conditions: vec![],
+        then: vec![Op::Delete(cluster.keys.volume(VolumeId(1)))],
+    };
+    cluster.store.txn(delete).await.unwrap();
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while !cluster.converged(set).await.is_empty() {
+        assert!(tokio::time::Instant::now() < deadline, "chunks not dropped in time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn malformed_and_misdirected_requests_are_refused_and_counted() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let data = Bytes::from_static(b"x");
+    let epoch = cluster.record(set).await.epoch;
+    let counters = |i: usize| {
+        let counters = cluster.running(i).replicas.counters();
+        (counters.malformed_requests.get(), counters.stale_requests.get())
+    };
+    let mut request = write_request(set, epoch, chunk(2, 0), 0, &data);
+    request.chunk = None;
+    let error = client.of(&node(0)).write(request).await.unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::InvalidArgument);
+    let mut request = write_request(set, epoch, chunk(2, 0), (64 << 20) - 1, &data);
+    request.data = Bytes::from_static(b"too far");
+    let error = client.of(&node(0)).write(request).await.unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::InvalidArgument);
+    assert_eq!(counters(0).0, 2);
+    let mut request = write_request(set, epoch, chunk(2, 0), 0, &data);
+    request.crc ^= 1;
+    let error = client.of(&node(0)).write(request).await.unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::Unavailable);
+    // Not the primary, and not a set.
+    let error = client
+        .of(&node(1))
+        .write(write_request(set, epoch, chunk(2, 0), 0, &data))
+        .await
+        .unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::WrongEpoch);
+    assert_eq!(counters(1).1, 1);
+    let error = client
+        .of(&node(1))
+        .write(write_request(ReplicaSetId(999), 1, chunk(2, 0), 0, &data))
+        .await
+        .unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::WrongEpoch);
+    assert_eq!(cluster.converged(set).await.len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunk_access_finds_the_primary_from_any_node() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    client.write(set, chunk(2, 0), 0, "abcdef").await.unwrap();
+    let access: Vec<_> = (0..3).map(|i| cluster.running(i).replicas.access()).collect();
+    access[0].truncate(set, chunk(2, 0), 4).await.unwrap();
+    access[1].truncate(set, chunk(2, 0), 2).await.unwrap();
+    assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "ab");
+    // Through the death of the primary.
+    let delete = tokio::spawn({
+        let access = access[2].clone();
+        async move { access.delete(set, chunk(2, 0)).await }
+    });
+    cluster.kill(0).await;
+    delete.await.unwrap().unwrap();
+    assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "");
 }
