@@ -25,21 +25,25 @@ pub struct ClusterService {
     keys: Keys,
     cluster_id: String,
     view: watch::Receiver<Arc<ClusterView>>,
+    /// For volumes whose creator does not say it.
+    replication: ReplicationPolicy,
 }
 
 impl ClusterService {
-    /// A service over the store.
+    /// A service over the store. `replication` is for volumes whose creator does not say it.
     pub fn new(
         store: Arc<dyn MetaStore>,
         keys: Keys,
         cluster_id: String,
         view: watch::Receiver<Arc<ClusterView>>,
+        replication: ReplicationPolicy,
     ) -> Self {
         Self {
             store,
             keys,
             cluster_id,
             view,
+            replication,
         }
     }
 
@@ -197,7 +201,7 @@ fn status_message(view: &ClusterView, cluster_id: &str) -> pb::ClusterStatus {
 }
 
 /// A checked CreateVolumeRequest.
-fn validate(request: &pb::CreateVolumeRequest) -> Result<(ReplicationPolicy, u32), Status> {
+fn validate(request: &pb::CreateVolumeRequest, default: ReplicationPolicy) -> Result<(ReplicationPolicy, u32), Status> {
     let name = &request.name;
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(allowed) {
@@ -210,7 +214,7 @@ fn validate(request: &pb::CreateVolumeRequest) -> Result<(ReplicationPolicy, u32
     }
     let policy = request
         .replication
-        .map_or_else(ReplicationPolicy::default, |policy| ReplicationPolicy {
+        .map_or(default, |policy| ReplicationPolicy {
             copies: policy.copies,
             ack: policy.ack,
         });
@@ -226,7 +230,9 @@ fn validate(request: &pb::CreateVolumeRequest) -> Result<(ReplicationPolicy, u32
 impl Cluster for ClusterService {
     async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Result<Response<pb::Volume>, Status> {
         let request = request.into_inner();
-        let (replication, chunk_size) = validate(&request)?;
+        let (replication, chunk_size) = validate(&request, self.replication)?;
+        // A repeated request without a policy must not fail because the default was changed.
+        let asked = request.replication.map(|_| replication);
         loop {
             if let Some(id) = self.id_of(&request.name).await? {
                 let Some((record, _)) = self.volume(id).await? else {
@@ -237,7 +243,7 @@ impl Cluster for ClusterService {
                     let message = format!("volume {} is being deleted; try again", request.name);
                     return Err(status(ErrorCode::Unavailable, message));
                 }
-                if record.size != request.size || record.replication != replication || record.chunk_size != chunk_size {
+                if record.size != request.size || asked.is_some_and(|asked| record.replication != asked) || record.chunk_size != chunk_size {
                     let message = format!(
                         "volume {} exists with size {}, copies {}, ack {}, chunk size {}",
                         request.name, record.size, record.replication.copies, record.replication.ack, record.chunk_size

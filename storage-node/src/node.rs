@@ -14,7 +14,7 @@ use lazarette_metastore::{EtcdConfig, EtcdStore, Keys, MetaStore, StoreError};
 use lazarette_proto::cluster::cluster_server::ClusterServer;
 use lazarette_proto::meta::meta_server::MetaServer;
 use lazarette_telemetry::{AdminError, Registry};
-use lazarette_types::NodeId;
+use lazarette_types::{LayoutError, NodeId, ReplicationPolicy};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +59,12 @@ pub struct NodeConfig {
     /// Copies of the same data are put in different failure domains where possible
     #[arg(long, env = "LAZARETTE_FAILURE_DOMAIN")]
     pub failure_domain: Option<String>,
+    /// Copies of volumes whose creator does not say it, 1 to 8
+    #[arg(long, env = "LAZARETTE_COPIES", default_value_t = 3)]
+    pub copies: u32,
+    /// Durable copies before an acknowledgement, of volumes whose creator does not say it
+    #[arg(long, env = "LAZARETTE_ACK", default_value_t = 2)]
+    pub ack: u32,
 }
 
 /// Why a storage node cannot serve.
@@ -76,6 +82,9 @@ pub enum NodeError {
     /// The admin server.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// The replication that volumes get by default.
+    #[error("--copies and --ack: {0}")]
+    Replication(#[from] LayoutError),
     /// The gRPC port.
     #[error("cannot serve on {address}: {source}")]
     Listen {
@@ -102,6 +111,11 @@ pub enum Ended {
 
 /// Serves until the node has to stop.
 pub async fn run(config: NodeConfig) -> Result<Ended, NodeError> {
+    let replication = ReplicationPolicy {
+        copies: config.copies,
+        ack: config.ack,
+    }
+    .validate()?;
     let listener = TcpListener::bind(config.listen)
         .await
         .map_err(|source| NodeError::Listen {
@@ -130,7 +144,7 @@ pub async fn run(config: NodeConfig) -> Result<Ended, NodeError> {
     };
     let lease = joined.lease.clone();
     let ended = tokio::select! {
-        result = joined.serve(listener) => match result {
+        result = joined.serve(listener, replication) => match result {
             Err(error) => return Err(error),
             Ok(()) => return Err(NodeError::Runtime("the gRPC server ended".into())),
         },
@@ -254,13 +268,14 @@ impl Joined {
         })
     }
 
-    async fn serve(&self, listener: TcpListener) -> Result<(), NodeError> {
+    async fn serve(&self, listener: TcpListener, replication: ReplicationPolicy) -> Result<(), NodeError> {
         let (chunk, replica) = self.replicas.services();
         let cluster = ClusterService::new(
             Arc::clone(&self.store),
             self.keys.clone(),
             self.cluster_id.clone(),
             self.view.clone(),
+            replication,
         );
         Server::builder()
             .tcp_nodelay(true)
