@@ -265,6 +265,13 @@ pub(super) fn rollout(set: Option<&StatefulSet>) -> Rollout {
     }
 }
 
+/// The revision of the template that pods shall have, once the StatefulSet controller has seen it.
+pub(super) fn update_revision(set: &StatefulSet) -> Option<String> {
+    let status = set.status.as_ref()?;
+    let seen = status.observed_generation >= set.metadata.generation;
+    status.update_revision.clone().filter(|_| seen)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ mod apply;
 pub mod build;
 mod deletion;
 mod dereference;
+mod rolling;
 mod status;
 mod storage;
 mod validate;
@@ -19,15 +20,16 @@ use crate::context::Context;
 use apply::{Applied, apply, offer_again};
 use build::Component;
 use deletion::{Decision, decide, is_forced};
-use dereference::{Rollout, dereference, rollout};
+use dereference::{Rollout, dereference, rollout, update_revision};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource, ResourceExt};
 use lazarette_api::{ConditionType, StorageCluster, StorageClusterStatus, condition, label};
+use lazarette_proto::cluster::ClusterStatus;
 use serde_json::json;
 use status::{Seen, is_unsettled, pod_problems};
 use std::sync::Arc;
@@ -113,6 +115,8 @@ pub async fn reconcile(cluster: Arc<StorageCluster>, context: Arc<Context>) -> R
 /// What was seen, and the error that ends the reconciliation after the status was written.
 struct Outcome {
     seen: Seen,
+    /// What the storage nodes' pods shall be like, as far as the StatefulSet controller knows it.
+    revision: Option<String>,
     error: Option<ReconcileError>,
 }
 
@@ -129,6 +133,7 @@ async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
             view: Err("not asked".to_owned()),
             hold: None,
         },
+        revision: None,
         error: None,
     };
     let valid = match validate(cluster, &context.defaults) {
@@ -149,6 +154,7 @@ async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
                     outcome.seen.etcd = rollout(Some(set));
                 } else if name == valid.storage_name() {
                     outcome.seen.storage = rollout(Some(set));
+                    outcome.revision = update_revision(set);
                 }
             }
         }
@@ -181,7 +187,7 @@ async fn dereference_and_apply(
 async fn observe(
     cluster: &StorageCluster,
     context: &Context,
-    Outcome { seen, .. }: &mut Outcome,
+    Outcome { seen, revision, .. }: &mut Outcome,
 ) -> Result<(), ReconcileError> {
     let namespace = cluster.namespace().unwrap_or_default();
     let name = cluster.name_any();
@@ -206,7 +212,47 @@ async fn observe(
     seen.view = storage::status(&context.storage_address(cluster))
         .await
         .map_err(|error| error.to_string());
+    if let Some(revision) = revision {
+        roll(cluster, context, &pods.items, revision, seen.view.as_ref().ok()).await?;
+    }
     Ok(())
+}
+
+/// Brings a new template to the storage nodes: deletes a pod if it is outdated and may go now.
+async fn roll(
+    cluster: &StorageCluster,
+    context: &Context,
+    pods: &[Pod],
+    revision: &str,
+    view: Option<&ClusterStatus>,
+) -> Result<(), ReconcileError> {
+    let wanted = cluster.spec.storage_nodes.count;
+    let is_storage = |pod: &&Pod| {
+        let component = pod.labels().get(label::COMPONENT);
+        component.is_some_and(|found| found == Component::Storage.label())
+    };
+    let pods: Vec<Pod> = pods.iter().filter(is_storage).cloned().collect();
+    let whole = view.is_some_and(|view| rolling::is_whole(view, wanted));
+    let Some(pod) = rolling::next(&pods, revision, wanted, whole) else {
+        return Ok(());
+    };
+    let name = pod.name_any();
+    let note = format!("pod {name} is started anew with the new template");
+    publish(context, cluster, EventType::Normal, "StorageNodeRestarting", &note).await;
+    let parameters = DeleteParams {
+        preconditions: Some(Preconditions {
+            uid: pod.uid(),
+            // Nothing must have happened to it since we looked.
+            resource_version: pod.resource_version(),
+        }),
+        ..DeleteParams::default()
+    };
+    let api = Api::<Pod>::namespaced(context.client.clone(), &cluster.namespace().unwrap_or_default());
+    match api.delete(&name, &parameters).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(()),
+        Err(error) => Err(ReconcileError::at("delete an outdated pod")(error)),
+    }
 }
 
 fn api(cluster: &StorageCluster, context: &Context) -> Api<StorageCluster> {

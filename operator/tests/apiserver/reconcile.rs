@@ -2,7 +2,7 @@
 
 use crate::world::{World, sample};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{PersistentVolume, Service};
+use k8s_openapi::api::core::v1::{PersistentVolume, Pod, Service};
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use lazarette_api::ConditionType::{Available, Degraded, Paused, Progressing};
@@ -153,6 +153,63 @@ async fn paused_changes_nothing_and_stopped_ends_pods() {
     }
     assert_eq!(world.condition("demo", Available).await.0, "False:Stopped");
     assert_eq!(world.condition("demo", Paused).await.0, "True:Stopped");
+}
+
+#[tokio::test]
+async fn storage_nodes_are_renewed_one_by_one_while_all_copies_are_there() {
+    let world = World::new().await;
+    world.create(&sample("demo")).await.unwrap();
+    let context = world.context();
+    for _ in 0..2 {
+        world.reconcile(&context, "demo").await.unwrap();
+    }
+    world.make_ready("demo").await;
+    let pods = world.api::<Pod>();
+    let create = async |ordinal: u32, revision: &str| {
+        let name = format!("demo-storage-{ordinal}");
+        let mut labels = lazarette_api::component_labels("demo", "storage-node");
+        labels.insert("controller-revision-hash".to_owned(), revision.to_owned());
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": labels},
+            "spec": {"containers": [{"name": "storage-node", "image": "x"}], "terminationGracePeriodSeconds": 0},
+        }))
+        .unwrap();
+        pods.create(&PostParams::default(), &pod).await.unwrap();
+        let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(ready))
+            .await
+            .unwrap();
+    };
+    let names = async || -> Vec<String> {
+        let pods = pods.list_metadata(&ListParams::default()).await.unwrap();
+        pods.iter().map(ResourceExt::name_any).collect()
+    };
+    for ordinal in 0..3 {
+        create(ordinal, "r0").await;
+    }
+    // r1 is what `make_ready` writes as the new revision. A copy is missing: nobody goes.
+    world.storage.healthy(&["v1"]);
+    world
+        .storage
+        .set(|answers| answers.status.as_mut().unwrap().degraded_replica_sets = 1);
+    world.reconcile(&context, "demo").await.unwrap();
+    assert_eq!(names().await.len(), 3);
+
+    world.storage.healthy(&["v1"]);
+    world.reconcile(&context, "demo").await.unwrap();
+    assert_eq!(names().await, ["demo-storage-0", "demo-storage-1"]);
+    // Until it is back, the others stay.
+    world.reconcile(&context, "demo").await.unwrap();
+    assert_eq!(names().await, ["demo-storage-0", "demo-storage-1"]);
+
+    create(2, "r1").await;
+    world.reconcile(&context, "demo").await.unwrap();
+    assert_eq!(names().await, ["demo-storage-0", "demo-storage-2"]);
+    let events = world.events("demo").await;
+    assert!(
+        events.contains(&"Normal StorageNodeRestarting".to_owned()),
+        "{events:?}"
+    );
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
 use super::*;
-use k8s_openapi::api::apps::v1::StatefulSetSpec;
+use k8s_openapi::api::apps::v1::{StatefulSetSpec, StatefulSetUpdateStrategy};
 use k8s_openapi::api::core::v1::TopologySpreadConstraint;
 use lazarette_api::{ADMIN_PORT, STORAGE_PORT};
 
@@ -38,6 +38,11 @@ pub(super) fn add(cluster: &ValidCluster, defaults: &Defaults, replicas: i32, ob
             service_name: Some(headless_name(cluster)),
             selector: label_selector(cluster, Component::Storage),
             pod_management_policy: Some("Parallel".to_owned()),
+            // See `rolling`.
+            update_strategy: Some(StatefulSetUpdateStrategy {
+                type_: Some("OnDelete".to_owned()),
+                ..StatefulSetUpdateStrategy::default()
+            }),
             persistent_volume_claim_retention_policy: Some(retain_claims()),
             volume_claim_templates: Some(vec![claim_template(cluster, Component::Storage)]),
             template: template(cluster, defaults),
@@ -114,6 +119,8 @@ fn arguments(cluster: &ValidCluster) -> Vec<String> {
         ("advertise", format!("$(POD_IP):{STORAGE_PORT}")),
         ("admin", format!("0.0.0.0:{ADMIN_PORT}")),
         ("failure-domain", "$(FAILURE_DOMAIN)".to_owned()),
+        ("copies", cluster.spec.replication.copies.to_string()),
+        ("ack", cluster.spec.replication.ack.to_string()),
     ]
     .into_iter()
     .fold(vec!["serve".to_owned()], |mut arguments, (flag, value)| {
