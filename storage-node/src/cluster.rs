@@ -212,12 +212,10 @@ fn validate(request: &pb::CreateVolumeRequest, default: ReplicationPolicy) -> Re
     if request.size == 0 {
         return Err(invalid("size is 0 bytes; use at least 1"));
     }
-    let policy = request
-        .replication
-        .map_or(default, |policy| ReplicationPolicy {
-            copies: policy.copies,
-            ack: policy.ack,
-        });
+    let policy = request.replication.map_or(default, |policy| ReplicationPolicy {
+        copies: policy.copies,
+        ack: policy.ack,
+    });
     let policy = policy.validate().map_err(|error| invalid(error.to_string()))?;
     let chunk_size = match request.chunk_size {
         0 => DEFAULT_CHUNK_SIZE,
@@ -243,7 +241,10 @@ impl Cluster for ClusterService {
                     let message = format!("volume {} is being deleted; try again", request.name);
                     return Err(status(ErrorCode::Unavailable, message));
                 }
-                if record.size != request.size || asked.is_some_and(|asked| record.replication != asked) || record.chunk_size != chunk_size {
+                if record.size != request.size
+                    || asked.is_some_and(|asked| record.replication != asked)
+                    || record.chunk_size != chunk_size
+                {
                     let message = format!(
                         "volume {} exists with size {}, copies {}, ack {}, chunk size {}",
                         request.name, record.size, record.replication.copies, record.replication.ack, record.chunk_size
