@@ -12,6 +12,7 @@ use super::images;
 use crate::image::LAZARETTE;
 use crate::lab::Lab;
 use crate::story::Narrator;
+use crate::tools::Tool;
 use crate::{Deadline, build, wait_for};
 
 /// Where Lazarette is installed.
@@ -20,6 +21,12 @@ pub const NAMESPACE: &str = "lazarette";
 pub(super) const CLUSTER: &str = "main";
 /// Where the pods and claims of the story live.
 pub(super) const APPS: &str = "story";
+
+/// The chart's value that names a sidecar's image of ours.
+fn sidecar(value: &str, tool: Tool) -> Result<String> {
+    let (name, version) = (tool.name(), tool.version()?);
+    Ok(format!("csi.controller.{value}.image=localhost/{name}:{version}"))
+}
 
 /// Lazarette, installed on a lab.
 pub struct Installation {
@@ -44,6 +51,9 @@ impl Installation {
             .args(["--namespace", NAMESPACE, "--create-namespace", "--wait"])
             .args(["--set", &format!("image.repository={repository},image.tag={tag}")])
             .args(["--set", &format!("storageClass.parameters.cluster={CLUSTER}")])
+            .args(["--set", &format!("operator.etcdImage=localhost/etcd:{}", Tool::Etcd.version()?)])
+            .args(["--set", &sidecar("provisioner", Tool::CsiProvisioner)?])
+            .args(["--set", &sidecar("resizer", Tool::CsiResizer)?])
             .run()
             .await
             .context("helm install")?;
