@@ -51,7 +51,10 @@ impl Installation {
             .args(["--namespace", NAMESPACE, "--create-namespace", "--wait"])
             .args(["--set", &format!("image.repository={repository},image.tag={tag}")])
             .args(["--set", &format!("storageClass.parameters.cluster={CLUSTER}")])
-            .args(["--set", &format!("operator.etcdImage=localhost/etcd:{}", Tool::Etcd.version()?)])
+            .args([
+                "--set",
+                &format!("operator.etcdImage=localhost/etcd:{}", Tool::Etcd.version()?),
+            ])
             .args(["--set", &sidecar("provisioner", Tool::CsiProvisioner)?])
             .args(["--set", &sidecar("resizer", Tool::CsiResizer)?])
             .run()
