@@ -104,6 +104,54 @@ async fn every_object_is_accepted_by_the_api_server() {
     assert!(refused.is_empty(), "{refused:#?}");
 }
 
+/// A second release by another name, so that it does not meet what the other tests installed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn helm_installs_and_uninstalls_it() {
+    let world = World::new().await;
+    let flags = world.plane.helm_flags();
+    let run = |arguments: &[&str]| {
+        let home = tempfile::tempdir().unwrap();
+        let output = Command::new(program("LAZARETTE_HELM", "helm"))
+            .args(arguments)
+            .args(&flags)
+            .args(["--namespace", &world.namespace])
+            .envs(["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"].map(|v| (v, home.path())))
+            .env_remove("KUBECONFIG")
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "helm {arguments:?}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let chart = folder().display().to_string();
+    let install = [
+        "install",
+        "other",
+        &chart,
+        "--set",
+        "storageCluster.create=true,storageClass.name=other",
+    ];
+    let notes = tokio::task::block_in_place(|| run(&install));
+    assert!(notes.contains("The StorageCluster lazarette starts now"), "{notes}");
+    assert!(world.clusters().get_opt("lazarette").await.unwrap().is_some());
+
+    tokio::task::block_in_place(|| run(&["uninstall", "other"]));
+    let deployments = world.api::<k8s_openapi::api::apps::v1::Deployment>();
+    assert!(deployments.list(&Default::default()).await.unwrap().items.is_empty());
+    // Volumes may be on it.
+    assert!(world.clusters().get_opt("lazarette").await.unwrap().is_some());
+}
+
+#[test]
+fn the_definitions_are_in_the_chart() {
+    let output = helm(&["show", "crds"], &[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for crd in lazarette_api::render().unwrap().values() {
+        let body = crd.split_once("---\n").unwrap().1;
+        assert!(text.contains(body.trim()), "{}", &text[..text.len().min(500)]);
+    }
+}
+
 #[test]
 fn lint_is_clean() {
     let output = helm(&["lint", "--strict"], &[]);

@@ -51,7 +51,7 @@ pub(crate) fn program(variable: &str, name: &str) -> PathBuf {
     path
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     listener.local_addr().unwrap().port()
 }
@@ -170,6 +170,15 @@ impl ControlPlane {
 
     async fn probe(&self) -> Result<Namespace, kube::Error> {
         Api::<Namespace>::all(self.admin()).get("default").await
+    }
+
+    /// Helm's flags for full access.
+    pub(crate) fn helm_flags(&self) -> [String; 3] {
+        [
+            format!("--kube-apiserver={}", self.url),
+            format!("--kube-token={TOKEN}"),
+            "--kube-insecure-skip-tls-verify".to_owned(),
+        ]
     }
 
     fn config(&self) -> Config {

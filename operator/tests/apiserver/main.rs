@@ -11,6 +11,7 @@ mod chart;
 mod control_plane;
 mod crd;
 mod deletion;
+mod etcd;
 mod leader;
 mod reconcile;
 mod storage;
