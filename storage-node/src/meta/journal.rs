@@ -122,6 +122,7 @@ impl Journal {
             conditions: vec![self.fence.condition(), Condition::absent(key.clone())],
             then: vec![Op::put(key.clone(), bytes.clone())],
         };
+        let mut tries = 0u32;
         loop {
             match self.store.txn(txn.clone()).await {
                 Ok(outcome) if outcome.succeeded => return Ok(()),
@@ -139,7 +140,10 @@ impl Journal {
                     return Err(Lost(error.to_string()));
                 }
                 Err(error @ (StoreError::Unavailable(_) | StoreError::Full(_))) => {
-                    tracing::warn!(%error, lsn, "record is not committed yet");
+                    if tries % 100 == 0 {
+                        tracing::warn!(%error, lsn, tries, "record is not committed yet");
+                    }
+                    tries += 1;
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }

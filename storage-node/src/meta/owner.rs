@@ -26,20 +26,26 @@ pub const SESSION_TTL: Duration = Duration::from_secs(10);
 /// How long a client may use an answer while its session is the only one.
 pub const CACHE_TTL: Duration = Duration::from_millis(1000);
 
-/// How long sessions and cached answers last.
+/// What tests set otherwise.
 #[derive(Clone, Copy, Debug)]
-pub struct Timing {
+pub struct Tuning {
     /// See [`SESSION_TTL`].
     pub session_ttl: Duration,
     /// See [`CACHE_TTL`].
     pub cache_ttl: Duration,
+    /// A journal of so many bytes is folded into pages.
+    pub fold_bytes: usize,
+    /// A journal of so many records is.
+    pub fold_records: usize,
 }
 
-impl Default for Timing {
+impl Default for Tuning {
     fn default() -> Self {
         Self {
             session_ttl: SESSION_TTL,
             cache_ttl: CACHE_TTL,
+            fold_bytes: 4 << 20,
+            fold_records: 1024,
         }
     }
 }
@@ -120,22 +126,22 @@ pub struct Shard {
 impl Shard {
     /// Recovers a claimed shard and serves it in a task of its own.
     pub async fn start(context: &OwnerContext, claim: Claim, limits: Limits) -> Result<Self, RecoverError> {
-        Self::start_with(context, claim, limits, Timing::default()).await
+        Self::start_with(context, claim, limits, Tuning::default()).await
     }
 
-    /// As [`Shard::start`], with other times.
+    /// As [`Shard::start`], tuned.
     pub async fn start_with(
         context: &OwnerContext,
         claim: Claim,
         limits: Limits,
-        timing: Timing,
+        tuning: Tuning,
     ) -> Result<Self, RecoverError> {
         let recovered = claim::recover(context, &claim, limits, actor::now()).await?;
         let (calls, calls_in) = mpsc::channel(QUEUE);
         let (control, control_in) = mpsc::unbounded_channel();
         let (end, ended) = watch::channel(false);
         let gauges = Arc::new(Gauges::default());
-        let actor = Actor::new(context, &claim, recovered, Arc::clone(&gauges), timing);
+        let actor = Actor::new(context, &claim, recovered, Arc::clone(&gauges), tuning);
         tokio::spawn(async move {
             actor.run(calls_in, control_in).await;
             end.send_replace(true);

@@ -68,6 +68,7 @@ impl State {
 
     /// Sets a row.
     pub fn put(&mut self, key: Key, row: Row) {
+        self.changed_bytes += extra_bytes(&row);
         self.note(&key);
         self.set(key, Some(row));
     }
@@ -102,7 +103,7 @@ impl State {
         self.dirty.insert(key.clone());
         if self.changed.insert(key.clone()) {
             self.changed_bytes += match key {
-                Key::Inode(_, Part::Xattr(_)) => 512,
+                Key::Inode(_, Part::Xattr(name)) => 16 + name.len(),
                 _ => 48,
             };
         }
@@ -342,6 +343,18 @@ impl State {
     /// Rows that the pages do not have; they are the caller's to write from here on.
     pub fn take_dirty(&mut self) -> BTreeSet<Key> {
         std::mem::take(&mut self.dirty)
+    }
+}
+
+/// How much longer a row may be than the usual one, in bytes.
+fn extra_bytes(row: &Row) -> usize {
+    match row {
+        Row::Inode(inode) => inode.target.len(),
+        Row::Locks(held) => 32 * held.len(),
+        Row::Xattr(value) => value.len(),
+        Row::Dentry(dentry) => dentry.name.len(),
+        Row::Session(session) => session.client.len(),
+        _ => 0,
     }
 }
 

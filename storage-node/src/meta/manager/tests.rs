@@ -80,7 +80,9 @@ impl Cluster {
             lease: Some(lease.id()),
         })
         .await;
-        let view = ClusterView::follow(Arc::clone(&self.store), self.keys.clone()).await.unwrap();
+        let view = ClusterView::follow(Arc::clone(&self.store), self.keys.clone())
+            .await
+            .unwrap();
         let context = OwnerContext {
             store: Arc::clone(&self.store),
             keys: self.keys.clone(),
@@ -118,7 +120,9 @@ async fn until(mut condition: impl AsyncFnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(DEADLINE, waiting).await.expect("the condition holds");
+    tokio::time::timeout(DEADLINE, waiting)
+        .await
+        .expect("the condition holds");
 }
 
 #[tokio::test]
@@ -173,7 +177,12 @@ async fn a_deleted_volume_leaves_nothing() {
     until(async || !cluster.has(&cluster.keys.volume(VolumeId(1))).await).await;
     let keys = &cluster.keys;
     let shard_keys = keys.shard(VolumeId(1)).all();
-    for key in [shard_keys, keys.owner(VolumeId(1)), keys.usage(VolumeId(1)), keys.volume_name("v1")] {
+    for key in [
+        shard_keys,
+        keys.owner(VolumeId(1)),
+        keys.usage(VolumeId(1)),
+        keys.volume_name("v1"),
+    ] {
         assert!(!cluster.has(&key).await, "{}", String::from_utf8_lossy(&key));
     }
     assert!(cluster.has(&keys.volume_name("v2")).await);

@@ -258,6 +258,10 @@ impl Namespace {
                 if locks::conflict(self.state.locks(ino), &wanted).is_some() {
                     continue;
                 }
+                if wanted.class == LockClass::Append && self.state.truncate(ino).is_some() {
+                    // What it writes must not be cut; it is looked at again after the cut.
+                    continue;
+                }
                 let size = self.state.inode(ino).map_or(0, |inode| inode.size);
                 let table = locks::grant(self.state.locks(ino), &wanted);
                 self.state.set_locks(ino, table);

@@ -363,6 +363,7 @@ impl Namespace {
     pub fn cut(&mut self, ino: InodeId, cut: Truncate) {
         if self.state.truncate(ino) == Some(cut) {
             self.state.remove(Key::Truncate(ino));
+            self.wake(ino);
         }
     }
 

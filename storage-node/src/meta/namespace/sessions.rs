@@ -5,8 +5,8 @@ use crate::meta::rows::{Key, Row, Session};
 use lazarette_types::{ErrorCode, InodeId, SessionId};
 use std::collections::{BTreeSet, HashMap};
 
-/// Inodes given up in one go, so that a record stays small.
-const MAX_COLLECTED: usize = 256;
+/// An open record of this size takes up no more inodes that are given up; they can wait.
+const ENOUGH_BYTES: usize = 256 << 10;
 
 /// Who holds which inode open. A session counts once, however many handles it has.
 #[derive(Debug, Default)]
@@ -115,8 +115,11 @@ impl Namespace {
         if self.unregistered.remove(&session) {
             self.collect_orphans();
         }
+        // Those opened by it that do not fit into this record are found among the orphans later.
         for ino in opened {
-            self.collect_if_unused(ino);
+            if self.state.changed_bytes() < ENOUGH_BYTES {
+                self.collect_if_unused(ino);
+            }
         }
     }
 
@@ -167,8 +170,11 @@ impl Namespace {
             return;
         }
         let unused = self.state.orphans().iter().filter(|ino| !self.in_use(**ino));
-        let orphans: Vec<InodeId> = unused.copied().take(MAX_COLLECTED).collect();
+        let orphans: Vec<InodeId> = unused.copied().collect();
         for ino in orphans {
+            if self.state.changed_bytes() >= ENOUGH_BYTES {
+                return;
+            }
             self.collect_if_unused(ino);
         }
     }

@@ -1012,3 +1012,23 @@ fn orphans_wait_for_sessions_of_the_owner_before() {
     next.by(BOB, Op::Close(Close { ino: file })).unwrap();
     assert_eq!(next.garbage(), [file, gone]);
 }
+
+#[test]
+fn nobody_gets_the_turn_to_append_while_the_file_is_cut() {
+    let mut t = tree();
+    let ino = t.file(1, "f");
+    t.extend(ino, 100).unwrap();
+    let begin = |wait_ms| Op::AppendBegin(AppendBegin { ino, wait_ms });
+    t.by(BOB, begin(0)).unwrap();
+    let waiter = t.waits(ALICE, begin(100));
+    t.attr(truncate(ino, 7));
+    t.ns.end_session(SessionId(BOB));
+    assert!(t.ns.take_finished().is_empty());
+    let cut = t.ns.state().truncate(InodeId(ino)).unwrap();
+    t.ns.cut(InodeId(ino), cut);
+    let finished = t.ns.take_finished();
+    assert_eq!(
+        (finished[0].waiter, &finished[0].result),
+        (waiter, &Ok(Reply::AppendOffset(7)))
+    );
+}

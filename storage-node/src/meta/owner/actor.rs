@@ -3,7 +3,7 @@
 
 use super::claim::{Claim, Recovered};
 use super::fold::{Folding, PageWrite};
-use super::{Gauges, Metrics, OwnerContext, Timing, not_owner};
+use super::{Gauges, Metrics, OwnerContext, Tuning, not_owner};
 use crate::membership::Lease;
 use crate::meta::chunks::{self, ChunkRemover};
 use crate::meta::journal::{self, Fence, Journal, Lost};
@@ -26,8 +26,8 @@ const RECORD_BYTES: usize = 128 << 10;
 const MAX_WAITING_RECORDS: usize = 4;
 /// Operations taken at once before records and replies are looked after.
 const BATCH: usize = 256;
-/// Files whose chunks are being removed or cut at a time.
-const MAX_CHUNK_WORK: usize = 8;
+/// Files whose chunks are being removed at a time.
+const MAX_REMOVALS: usize = 16;
 /// How often sessions and waiters are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// Longest wait for a lock. The client then asks again.
@@ -101,7 +101,7 @@ pub(super) struct Actor {
     chunks: Arc<dyn ChunkRemover>,
     metrics: Arc<Metrics>,
     gauges: Arc<Gauges>,
-    timing: Timing,
+    tuning: Tuning,
     namespace: Namespace,
     folding: Folding,
     /// The last committed record.
@@ -121,8 +121,11 @@ pub(super) struct Actor {
     sessions: HashMap<SessionId, Instant>,
     /// Until then a client may use cached answers.
     cached_until: Instant,
-    /// Work at the chunks, with the record it waits for.
-    work: VecDeque<(u64, Work)>,
+    /// Work at the chunks, with the record it waits for. Somebody waits for a cut, so cuts do not
+    /// stand in one queue with removals, which may be stuck at a replica set that is away.
+    cuts: VecDeque<(u64, InodeId)>,
+    removals: VecDeque<(u64, InodeId)>,
+    removing: usize,
     running: JoinSet<Finished>,
     stopping: bool,
 }
@@ -133,17 +136,17 @@ impl Actor {
         claim: &Claim,
         recovered: Recovered,
         gauges: Arc<Gauges>,
-        timing: Timing,
+        tuning: Tuning,
     ) -> Self {
         let now = Instant::now();
-        let ends = now + timing.session_ttl;
+        let ends = now + tuning.session_ttl;
         let namespace = recovered.namespace;
         let sessions: HashMap<_, _> = namespace.state().sessions().map(|session| (session, ends)).collect();
         // The owner before may have let a sole client cache until now.
         let cached_until = if sessions.is_empty() {
             now
         } else {
-            now + timing.cache_ttl
+            now + tuning.cache_ttl
         };
         let journal = Journal::new(
             context.store.clone(),
@@ -158,9 +161,9 @@ impl Actor {
             chunks: Arc::clone(&context.chunks),
             metrics: Arc::clone(&context.metrics),
             gauges,
-            timing,
+            tuning,
             namespace,
-            folding: Folding::new(recovered.pages, recovered.page_store, recovered.records),
+            folding: Folding::new(recovered.pages, recovered.page_store, recovered.records, tuning),
             committed: recovered.last,
             closed: VecDeque::new(),
             committing: None,
@@ -171,7 +174,9 @@ impl Actor {
             shrinking: HashMap::new(),
             sessions,
             cached_until,
-            work: VecDeque::new(),
+            cuts: VecDeque::new(),
+            removals: VecDeque::new(),
+            removing: 0,
             running: JoinSet::new(),
             stopping: false,
         };
@@ -318,7 +323,7 @@ impl Actor {
             self.drop_cancelled();
         }
         if let Some(ends) = self.sessions.get_mut(&SessionId(request.session)) {
-            *ends = Instant::now() + self.timing.session_ttl;
+            *ends = Instant::now() + self.tuning.session_ttl;
         }
         Metrics::add(&self.metrics.operations, 1);
         let executed = self.namespace.execute(&request, now());
@@ -369,7 +374,10 @@ impl Actor {
             }
         }
         for work in self.namespace.take_work() {
-            self.work.push_back((newest, work));
+            match work {
+                Work::Remove(ino) => self.removals.push_back((newest, ino)),
+                Work::Cut(ino) => self.cuts.push_back((newest, ino)),
+            }
         }
         if self.namespace.state().changed_bytes() >= RECORD_BYTES {
             self.close_record();
@@ -416,8 +424,8 @@ impl Actor {
         if self.sessions.len() != 1 {
             return 0;
         }
-        self.cached_until = Instant::now() + self.timing.cache_ttl;
-        self.timing.cache_ttl.as_millis() as u32
+        self.cached_until = Instant::now() + self.tuning.cache_ttl;
+        self.tuning.cache_ttl.as_millis() as u32
     }
 
     fn control(&mut self, message: Control) {
@@ -427,7 +435,7 @@ impl Actor {
                 let now = Instant::now();
                 let mut not_before = now;
                 if result.is_ok() {
-                    self.sessions.insert(session, now + self.timing.session_ttl);
+                    self.sessions.insert(session, now + self.tuning.session_ttl);
                     if self.sessions.len() > 1 {
                         not_before = self.cached_until;
                     }
@@ -443,7 +451,7 @@ impl Actor {
             } => {
                 let result = self.namespace.register(session, &open, complete);
                 if result.is_ok() {
-                    self.sessions.insert(session, Instant::now() + self.timing.session_ttl);
+                    self.sessions.insert(session, Instant::now() + self.tuning.session_ttl);
                 }
                 self.answer(0, Answer::Session(reply, result, Instant::now()));
             }
@@ -504,34 +512,33 @@ impl Actor {
 
     /// Starts work whose record is committed.
     fn start_chunk_work(&mut self) {
-        while self.running.len() < MAX_CHUNK_WORK
-            && !self.stopping
-            && let Some((after, work)) = self.work.front().copied()
-            && after <= self.committed
-        {
-            self.work.pop_front();
+        if self.stopping {
+            return;
+        }
+        while let Some(ino) = next_due(&mut self.cuts, self.committed) {
             let (chunks, volume) = (Arc::clone(&self.chunks), self.volume);
-            match work {
-                Work::Remove(ino) => {
-                    if let Some(Row::Garbage(garbage)) = self.namespace.state().get(&Key::Garbage(ino)) {
-                        let garbage = *garbage;
-                        self.running.spawn(async move {
-                            chunks::remove(chunks, volume, ino, garbage).await;
-                            Finished::Removed(ino)
-                        });
-                    }
+            let chunk_size = self.namespace.limits().chunk_size;
+            match self.namespace.state().truncate(ino) {
+                Some(cut) => {
+                    self.running.spawn(async move {
+                        chunks::cut(chunks, volume, ino, cut, chunk_size).await;
+                        Finished::Cut(ino, cut)
+                    });
                 }
-                Work::Cut(ino) => {
-                    let chunk_size = self.namespace.limits().chunk_size;
-                    if let Some(cut) = self.namespace.state().truncate(ino) {
-                        self.running.spawn(async move {
-                            chunks::cut(chunks, volume, ino, cut, chunk_size).await;
-                            Finished::Cut(ino, cut)
-                        });
-                    } else {
-                        self.cut_done(ino);
-                    }
-                }
+                None => self.cut_done(ino),
+            }
+        }
+        while self.removing < MAX_REMOVALS
+            && let Some(ino) = next_due(&mut self.removals, self.committed)
+        {
+            let (chunks, volume) = (Arc::clone(&self.chunks), self.volume);
+            if let Some(Row::Garbage(garbage)) = self.namespace.state().get(&Key::Garbage(ino)) {
+                let garbage = *garbage;
+                self.removing += 1;
+                self.running.spawn(async move {
+                    chunks::remove(chunks, volume, ino, garbage).await;
+                    Finished::Removed(ino)
+                });
             }
         }
     }
@@ -540,6 +547,7 @@ impl Actor {
         match finished {
             Finished::Removed(ino) => {
                 Metrics::add(&self.metrics.removed_files, 1);
+                self.removing -= 1;
                 self.namespace.removed(ino);
             }
             Finished::Cut(ino, cut) => {
@@ -570,6 +578,16 @@ impl Actor {
             .sessions
             .store(self.sessions.len() as u64, Ordering::Relaxed);
     }
+}
+
+/// Takes the first in the queue whose record is committed.
+fn next_due(queue: &mut VecDeque<(u64, InodeId)>, committed: u64) -> Option<InodeId> {
+    let (after, ino) = *queue.front()?;
+    if after > committed {
+        return None;
+    }
+    queue.pop_front();
+    Some(ino)
 }
 
 /// Polls a future that may not be there.

@@ -2,7 +2,7 @@
 
 use crate::meta::journal::Lost;
 use crate::meta::namespace::Namespace;
-use crate::meta::owner::Metrics;
+use crate::meta::owner::{Metrics, Tuning};
 use crate::meta::pages::{PageBatch, PageMap, PageStore};
 use crate::meta::rows::Key;
 use futures::future::BoxFuture;
@@ -10,10 +10,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A journal of this size is folded.
-const FOLD_BYTES: usize = 4 << 20;
-const FOLD_RECORDS: usize = 1024;
-/// And any journal after so long, so that a quiet shard is recovered from pages alone.
+/// Any journal is folded after so long, so that a quiet shard is recovered from pages alone.
 const FOLD_AFTER: Duration = Duration::from_secs(30);
 /// A journal of this size takes no more operations before it was folded: what recovery has to
 /// redo is bounded.
@@ -33,6 +30,7 @@ pub(super) struct Folding {
     page_store: Option<Box<dyn PageStore>>,
     pass: Option<Pass>,
     last_pass: Instant,
+    tuning: Tuning,
 }
 
 /// One pass: when all its rows are in pages, the records up to `goal` can go.
@@ -44,7 +42,12 @@ struct Pass {
 }
 
 impl Folding {
-    pub(super) fn new(pages: PageMap, page_store: Box<dyn PageStore>, records: VecDeque<(u64, usize)>) -> Self {
+    pub(super) fn new(
+        pages: PageMap,
+        page_store: Box<dyn PageStore>,
+        records: VecDeque<(u64, usize)>,
+        tuning: Tuning,
+    ) -> Self {
         Self {
             bytes: records.iter().map(|(_, bytes)| bytes).sum(),
             records,
@@ -52,6 +55,7 @@ impl Folding {
             page_store: Some(page_store),
             pass: None,
             last_pass: Instant::now(),
+            tuning,
         }
     }
 
@@ -73,7 +77,7 @@ impl Folding {
             return false;
         }
         let old = !self.records.is_empty() && self.last_pass.elapsed() >= FOLD_AFTER;
-        self.bytes >= FOLD_BYTES || self.records.len() >= FOLD_RECORDS || old
+        self.bytes >= self.tuning.fold_bytes || self.records.len() >= self.tuning.fold_records || old
     }
 
     /// Takes the next step if there is one: begins a pass, makes images, or starts a write.

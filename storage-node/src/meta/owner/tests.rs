@@ -1,5 +1,6 @@
 //! One owner after the other, on the store in memory and on a real etcd.
 
+mod chaos;
 mod etcd;
 mod stores;
 
@@ -379,7 +380,7 @@ async fn of_many_claims_one_wins() {
 /// fails now and then. Nothing acknowledged is lost and nothing is done twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ambiguous_answers_lose_and_double_nothing() {
-    let flaky = Arc::new(FlakyStore::new());
+    let flaky = Arc::new(FlakyStore::new(5));
     let rig = Rig::new(Arc::clone(&flaky) as Arc<dyn MetaStore>, "c").await;
     let a = rig.node("a").await;
     let shard = serve(&a).await;
@@ -454,11 +455,11 @@ async fn sessions_end_when_they_are_not_renewed() {
     let rig = Rig::memory().await;
     let a = rig.node("a").await;
     let claim = claim(&a, VOLUME).await.unwrap();
-    let timing = Timing {
+    let tuning = Tuning {
         session_ttl: Duration::from_millis(1500),
-        ..Timing::default()
+        ..Tuning::default()
     };
-    let shard = Shard::start_with(&a, claim, LIMITS, timing).await.unwrap();
+    let shard = Shard::start_with(&a, claim, LIMITS, tuning).await.unwrap();
     for session in [5, 6] {
         shard.open_session(SessionId(session), "client".into()).await.unwrap();
     }
@@ -640,4 +641,32 @@ async fn an_outage_of_the_store_delays_and_loses_nothing() {
     memory.set_unavailable(false);
     creating.await.unwrap().unwrap();
     seeing.await.unwrap().unwrap();
+}
+
+/// Large values fill records sooner; none becomes larger than the store takes.
+#[tokio::test]
+async fn records_stay_below_what_the_store_takes() {
+    let rig = Rig::memory().await;
+    let shard = serve(&rig.node("a").await).await;
+    shard.open_session(SessionId(5), "client".into()).await.unwrap();
+    let mut inodes = Vec::new();
+    for i in 0..40 {
+        inodes.push(attr(&shard, 5, 1 + i, create(&format!("f{i}"))).await.ino);
+    }
+    let calls = inodes.iter().enumerate().map(|(i, ino)| {
+        let op = Do::SetXattr(lazarette_proto::meta::SetXattr {
+            ino: *ino,
+            name: "user.big".into(),
+            value: vec![1; 64 << 10].into(),
+            ..Default::default()
+        });
+        call(&shard, 5, 100 + i as u64, op)
+    });
+    for result in futures::future::join_all(calls).await {
+        result.unwrap();
+    }
+    let prefix = rig.keys.shard(VOLUME).journal();
+    let (records, _) = rig.store.range(&prefix).await.unwrap();
+    let largest = records.iter().map(|kv| kv.value.len()).max().unwrap();
+    assert!(largest > 64 << 10 && largest < 512 << 10, "{largest} bytes");
 }

@@ -56,13 +56,20 @@ impl Stored {
     }
 }
 
+/// A pass of folding; `ready` are images that wait for the record that they show.
+struct Pass {
+    goal: u64,
+    rows: BTreeSet<Key>,
+    ready: Option<PageBatch>,
+}
+
 /// An owner that commits and folds when it is told to.
 struct Owner {
     ns: Namespace,
     map: PageMap,
     stored: Stored,
     committed: BTreeMap<Key, Row>,
-    pass: Option<(u64, BTreeSet<Key>)>,
+    pass: Option<Pass>,
     op: u64,
 }
 
@@ -95,20 +102,35 @@ impl Owner {
         self.committed = self.ns.state().rows().clone();
     }
 
-    /// One batch of pages, and with the last one of a pass the checkpoint.
+    /// Makes a batch of images, perhaps of a record that is still open.
+    fn image(&mut self) {
+        if self.pass.is_none() {
+            self.commit();
+            self.pass = Some(Pass {
+                goal: self.ns.state().open_record() - 1,
+                rows: self.ns.state_mut().take_dirty(),
+                ready: None,
+            });
+        }
+        if let Some(pass) = &mut self.pass
+            && pass.ready.is_none()
+        {
+            let newest = self.ns.newest_record();
+            pass.ready = Some(self.map.fold(self.ns.state(), &mut pass.rows, newest));
+        }
+    }
+
+    /// Writes a batch of pages, and with the last one of a pass the checkpoint.
     fn fold(&mut self) {
+        self.image();
         self.commit();
-        let (goal, mut rows) = self.pass.take().unwrap_or_else(|| {
-            let goal = self.ns.state().open_record() - 1;
-            (goal, self.ns.state_mut().take_dirty())
-        });
-        let batch = self.map.fold(self.ns.state(), &mut rows, goal);
-        self.stored.write(batch);
-        if rows.is_empty() {
-            self.stored.checkpoint = goal;
-            self.stored.journal.retain(|lsn, _| *lsn > goal);
+        let Some(mut pass) = self.pass.take() else { return };
+        self.stored.write(pass.ready.take().unwrap_or_default());
+        if pass.rows.is_empty() {
+            self.stored.checkpoint = pass.goal;
+            self.stored.journal.retain(|lsn, _| *lsn > pass.goal);
         } else {
-            self.pass = Some((goal, rows));
+            self.pass = Some(pass);
         }
     }
 
@@ -150,6 +172,7 @@ enum Step {
     Lock(u8, u8, u8),
     EndSession(u8),
     Commit,
+    Image,
     Fold,
     Crash,
 }
@@ -164,6 +187,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0u8..60, 0u8..3, 0u8..3).prop_map(|(ino, owner, mode)| Step::Lock(ino, owner, mode)),
         1 => (0u8..3).prop_map(Step::EndSession),
         4 => Just(Step::Commit),
+        4 => Just(Step::Image),
         4 => Just(Step::Fold),
         1 => Just(Step::Crash),
     ]
@@ -239,6 +263,7 @@ fn play(mut owner: Owner, step: Step) -> Owner {
         }
         Step::EndSession(number) => owner.ns.end_session(SessionId(1 + u64::from(number))),
         Step::Commit => owner.commit(),
+        Step::Image => owner.image(),
         Step::Fold => owner.fold(),
         Step::Crash => return owner.crash(),
     }

@@ -9,17 +9,24 @@ use std::time::Duration;
 
 /// In memory; while it fails, transactions are made or not without an answer that says which, and
 /// reads fail. Leases are not touched.
-#[derive(Default)]
 pub(super) struct FlakyStore {
     inner: MemoryStore,
+    period: u64,
     failing: AtomicBool,
     calls: AtomicU64,
     failures: AtomicU64,
 }
 
 impl FlakyStore {
-    pub(super) fn new() -> Self {
-        Self::default()
+    /// Of `period` calls four fail.
+    pub(super) fn new(period: u64) -> Self {
+        Self {
+            inner: MemoryStore::new(),
+            period,
+            failing: AtomicBool::default(),
+            calls: AtomicU64::default(),
+            failures: AtomicU64::default(),
+        }
     }
 
     pub(super) fn set_failing(&self, failing: bool) {
@@ -30,12 +37,13 @@ impl FlakyStore {
         self.failures.load(Ordering::SeqCst)
     }
 
-    /// Every call fails in another way than the one before, in turns.
+    /// How this call fails, 1 to 4, or 0.
     fn mood(&self) -> u64 {
         if !self.failing.load(Ordering::SeqCst) {
             return 0;
         }
-        let mood = self.calls.fetch_add(1, Ordering::SeqCst) % 5;
+        let mood = self.calls.fetch_add(1, Ordering::SeqCst) % self.period;
+        let mood = if mood > 4 { 0 } else { mood };
         if mood > 0 {
             self.failures.fetch_add(1, Ordering::SeqCst);
         }
