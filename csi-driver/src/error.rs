@@ -34,7 +34,12 @@ pub fn csi_code(code: ErrorCode) -> Code {
 
 /// The status for a CSI caller of a status that a storage node or the mount daemon sent.
 pub fn csi_status(status: &Status) -> Status {
-    Status::new(csi_code(lazarette_proto::code_of(status)), status.message())
+    let code = match (lazarette_proto::code_of(status), status.code()) {
+        // Without a code of Lazarette's, this one says more than "internal".
+        (ErrorCode::Internal, Code::FailedPrecondition) => Code::FailedPrecondition,
+        (code, _) => csi_code(code),
+    };
+    Status::new(code, status.message())
 }
 
 /// A refused request: the message names field and remedy.
@@ -112,5 +117,7 @@ mod tests {
         let got = csi_status(&status);
         assert_eq!(got.code(), Code::ResourceExhausted);
         assert_eq!(got.message(), "3 copies, 2 nodes");
+        let got = csi_status(&Status::failed_precondition("busy"));
+        assert_eq!((got.code(), got.message()), (Code::FailedPrecondition, "busy"));
     }
 }

@@ -347,6 +347,15 @@ async fn a_living_mount_waits_for_the_daemon() {
 }
 
 #[tokio::test]
+async fn what_can_never_be_flushed_is_given_up() {
+    let bench = bench();
+    bench.stage().await;
+    bench.daemon.ended.store(true, Ordering::SeqCst);
+    bench.unstage().await.unwrap();
+    assert!(bench.mounted().is_empty() && bench.daemon.mounts().is_empty());
+}
+
+#[tokio::test]
 async fn a_target_in_use_is_kept() {
     let bench = bench();
     bench.stage().await;

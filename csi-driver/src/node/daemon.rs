@@ -5,7 +5,7 @@ use hyper_util::rt::TokioIo;
 use lazarette_proto::code_of;
 use lazarette_proto::mount::mount_client::MountClient;
 use lazarette_proto::mount::{ListMountsRequest, MountVolumeRequest, UnmountVolumeRequest};
-use lazarette_types::VolumeId;
+use lazarette_types::{ErrorCode, VolumeId};
 use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -58,10 +58,29 @@ impl MountDaemon {
         })
         .await
         .map(|_| ())
+        .map_err(|status| csi_status(&status))
     }
 
-    /// Flushes and unmounts.
-    pub async fn unmount(&self, target: &str, force: bool, deadline: Instant) -> Result<(), Status> {
+    /// Flushes and unmounts. What can never be flushed, because the owner has ended the session or
+    /// the volume is gone, is given up: a pod's end must not wait for it for ever.
+    pub async fn unmount(&self, target: &str, deadline: Instant) -> Result<(), Status> {
+        match self.unmount_once(target, false, deadline).await {
+            Err(status) if hopeless(code_of(&status)) => {
+                tracing::error!(target, error = status.message(), "unflushed writes are lost");
+                self.detach(target, deadline).await
+            }
+            Err(status) => Err(csi_status(&status)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Detaches at once, without flushing.
+    pub async fn detach(&self, target: &str, deadline: Instant) -> Result<(), Status> {
+        let detached = self.unmount_once(target, true, deadline).await;
+        detached.map_err(|status| csi_status(&status))
+    }
+
+    async fn unmount_once(&self, target: &str, force: bool, deadline: Instant) -> Result<(), Status> {
         let request = UnmountVolumeRequest {
             target: target.to_owned(),
             force,
@@ -82,7 +101,7 @@ impl MountDaemon {
     }
 
     /// Calls the daemon, again while it restarts or cannot reach the storage nodes, until
-    /// `deadline`.
+    /// `deadline`. The error is the daemon's.
     async fn call<T, F, R>(&self, deadline: Instant, call: F) -> Result<T, Status>
     where
         F: Fn(MountClient<Channel>) -> R,
@@ -93,9 +112,7 @@ impl MountDaemon {
             let client = MountClient::new(self.channel.clone());
             let error = match tokio::time::timeout_at(deadline, call(client)).await {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
-                Ok(Err(status)) if !code_of(&status).retryable() => {
-                    return Err(csi_status(&status));
-                }
+                Ok(Err(status)) if !code_of(&status).retryable() => return Err(status),
                 Ok(Err(status)) => status.message().to_owned(),
                 Err(_) => "no answer".to_owned(),
             };
@@ -109,4 +126,9 @@ impl MountDaemon {
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }
+}
+
+/// Whether writes can never be flushed any more.
+fn hopeless(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::SessionExpired | ErrorCode::VolumeNotFound)
 }

@@ -83,13 +83,6 @@ impl Ready for DaemonAnswers {
     }
 }
 
-/// What is at the staging path.
-enum Staged {
-    Nothing,
-    Alive,
-    Dead,
-}
-
 /// A checked NodePublishVolume.
 struct Publish {
     staging: PathBuf,
@@ -147,7 +140,7 @@ impl NodeService {
         let path = PathBuf::from(staging);
         blocking(permit, deadline, staging, move || {
             mounts::create_target_unless_mounted(&path)?;
-            if let Staged::Dead = staged(&path)? {
+            if staged(&path)? == Some(Liveness::Dead) {
                 tracing::warn!(path = %path.display(), "replacing a dead mount");
                 unmount(&path)?;
             }
@@ -161,16 +154,18 @@ impl NodeService {
             let path = PathBuf::from(staging);
             let now = blocking(permit, deadline, staging, move || Ok(staged(&path)?)).await?;
             match now {
-                Staged::Alive => return Ok(()),
+                Some(Liveness::Alive) => return Ok(()),
                 // The mount has still to appear in this mount namespace.
                 _ if Instant::now() + POLL < deadline => tokio::time::sleep(POLL).await,
-                Staged::Nothing => {
+                None => {
                     return Err(Status::unavailable(format!(
                         "the mount daemon mounted the volume at {staging}, but it does not appear here; check that both share the kubelet's folder with mountPropagation: Bidirectional"
                     )));
                 }
-                Staged::Dead => {
-                    return Err(Status::unavailable(format!("the mount at {staging} died right away")));
+                Some(Liveness::Failing | Liveness::Dead) => {
+                    return Err(Status::unavailable(format!(
+                        "the volume mounted at {staging} does not answer"
+                    )));
                 }
             }
         }
@@ -200,17 +195,13 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-fn staged(path: &Path) -> Result<Staged, MountError> {
+/// What is mounted at the staging path, if anything.
+fn staged(path: &Path) -> Result<Option<Liveness>, MountError> {
     let Some(path) = mounts::resolve(path)? else {
-        return Ok(Staged::Nothing);
+        return Ok(None);
     };
-    if mountinfo::at(&mounts::all()?, &path).is_none() {
-        return Ok(Staged::Nothing);
-    }
-    Ok(match mounts::liveness(&path)? {
-        Liveness::Alive => Staged::Alive,
-        Liveness::Dead => Staged::Dead,
-    })
+    let found = mountinfo::at(&mounts::all()?, &path).is_some();
+    Ok(found.then(|| mounts::liveness(&path)))
 }
 
 fn unmount(path: &Path) -> Result<(), MountError> {
@@ -235,7 +226,7 @@ fn publish(publish: &Publish) -> Result<(), Status> {
     }
     let target = mounts::resolve(&publish.target)?.ok_or_else(|| Status::internal("the target's folder has gone"))?;
     if let Some(present) = mountinfo::at(&all, &target) {
-        if mounts::liveness(&target)? == Liveness::Dead {
+        if mounts::liveness(&target) == Liveness::Dead {
             mounts::unmount_all(&target)?;
             all = mounts::all()?;
         } else if !present.shows_same(&staged) {
@@ -359,11 +350,11 @@ impl Node for NodeService {
         let at = staging.clone();
         match blocking(&permit, deadline, spelled, move || Ok(staged(&at)?)).await? {
             // The daemon alone knows what still has to be flushed, so without it nothing happens.
-            Staged::Alive => self.daemon.unmount(spelled, false, deadline).await?,
+            Some(Liveness::Alive | Liveness::Failing) => self.daemon.unmount(spelled, deadline).await?,
             // There is nothing to save here; the daemon should forget it too, if it is there.
-            Staged::Dead | Staged::Nothing => {
+            Some(Liveness::Dead) | None => {
                 let soon = deadline.min(Instant::now() + FAREWELL);
-                if let Err(error) = self.daemon.unmount(spelled, true, soon).await {
+                if let Err(error) = self.daemon.detach(spelled, soon).await {
                     tracing::info!(path = spelled, %error, "mount daemon not told of an unmount");
                 }
             }
@@ -392,9 +383,10 @@ impl Node for NodeService {
         let permit = self.in_flight.enter(&request.volume_id)?;
         let at = staging.clone();
         let spelled = request.staging_target_path.as_str();
-        // The mount daemon may have died since the volume was staged, and the kubelet does not
-        // stage again for the next pod.
-        if let Staged::Dead = blocking(&permit, deadline, spelled, move || Ok(staged(&at)?)).await? {
+        // The mount daemon may have died, or its session, since the volume was staged, and the
+        // kubelet does not stage again for the next pod.
+        let found = blocking(&permit, deadline, spelled, move || Ok(staged(&at)?)).await?;
+        if let Some(Liveness::Dead | Liveness::Failing) = found {
             self.ensure_staged(&handle, &endpoint, spelled, access.read_only, &permit, deadline)
                 .await?;
         }

@@ -44,17 +44,22 @@ impl MountError {
 pub enum Liveness {
     /// It does.
     Alive,
-    /// It never will: its daemon has gone.
+    /// It answers with an error, as when the volume's owner has ended the session.
+    Failing,
+    /// It never will again: its daemon has gone.
     Dead,
 }
 
 /// Asks a file system for a sign of life. Blocks as long as it hangs.
-pub fn liveness(path: &Path) -> Result<Liveness, MountError> {
+pub fn liveness(path: &Path) -> Liveness {
     match rustix::fs::statfs(path) {
-        Ok(_) => Ok(Liveness::Alive),
-        // The FUSE connection was aborted; the other two are what a half-dead one may say.
-        Err(Errno::NOTCONN | Errno::CONNABORTED | Errno::STALE) => Ok(Liveness::Dead),
-        Err(error) => Err(MountError::new("cannot examine", path, error)),
+        Ok(_) => Liveness::Alive,
+        // The FUSE connection was aborted.
+        Err(Errno::NOTCONN | Errno::CONNABORTED) => Liveness::Dead,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "file system fails");
+            Liveness::Failing
+        }
     }
 }
 
@@ -139,7 +144,7 @@ pub fn unmount_all(path: &Path) -> Result<(), MountError> {
             Ok(()) => {}
             // Not a mount point any more: someone else was faster.
             Err(Errno::INVAL | Errno::NOENT) => {}
-            Err(Errno::BUSY) if liveness(path)? == Liveness::Alive => {
+            Err(Errno::BUSY) if liveness(path) != Liveness::Dead => {
                 return Err(MountError::Busy(path.to_owned()));
             }
             Err(Errno::BUSY) => detach(path)?,

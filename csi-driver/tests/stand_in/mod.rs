@@ -17,7 +17,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -318,6 +318,8 @@ pub struct FakeMountDaemon {
     pub gate: Arc<tokio::sync::Mutex<()>>,
     /// Calls that arrived.
     pub calls: Arc<AtomicU32>,
+    /// Flushing fails since the sessions have ended.
+    pub ended: Arc<AtomicBool>,
 }
 
 impl FakeMountDaemon {
@@ -399,7 +401,10 @@ impl Mount for FakeMountDaemon {
         &self,
         request: Request<UnmountVolumeRequest>,
     ) -> Result<Response<UnmountVolumeResponse>, Status> {
-        let target = request.into_inner().target;
+        let UnmountVolumeRequest { target, force } = request.into_inner();
+        if self.ended.load(Ordering::SeqCst) && !force {
+            return Err(status(ErrorCode::SessionExpired, "the session has ended"));
+        }
         let mut mounts = self.mounts.lock().unwrap();
         if mounts.contains_key(&target) && is_mounted(&target) {
             rustix::mount::unmount(&target, UnmountFlags::empty())
