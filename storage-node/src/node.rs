@@ -23,9 +23,9 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 
 /// How often capacity and use are reported.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -278,7 +278,6 @@ impl Joined {
             replication,
         );
         Server::builder()
-            .tcp_nodelay(true)
             // A chunk in flight must not stall the connection for the others.
             .initial_stream_window_size(Some(8 << 20))
             .initial_connection_window_size(Some(64 << 20))
@@ -288,7 +287,9 @@ impl Joined {
             .add_service(MetaServer::new(MetaService::new(Arc::clone(&self.shards))))
             .add_service(chunk)
             .add_service(replica)
-            .serve_with_incoming(TcpListenerStream::new(listener))
+            // The builder's own setting is for listeners that it makes itself. With Nagle's algorithm
+            // every small answer waits 40 ms for the client's delayed acknowledgement.
+            .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
             .await
             .map_err(|error| NodeError::Runtime(format!("gRPC: {error}")))
     }
