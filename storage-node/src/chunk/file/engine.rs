@@ -172,7 +172,12 @@ impl Engine {
     fn check_space(&self, bytes: u64) -> Result<(), ChunkError> {
         let space = self.space()?;
         let taken = self.state().overlay_cost() + self.limits.headroom;
-        if self.full.load(Ordering::Acquire) || space.available < taken + bytes {
+        if self.full.load(Ordering::Acquire) {
+            // Once there is space again, only a checkpoint finds out.
+            self.ask_for_checkpoint();
+            return Err(ChunkError::NoSpace);
+        }
+        if space.available < taken + bytes {
             return Err(ChunkError::NoSpace);
         }
         Ok(())

@@ -21,6 +21,8 @@ mod recovery;
 mod state;
 
 #[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod store_tests;

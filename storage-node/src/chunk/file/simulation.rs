@@ -95,7 +95,7 @@ struct Inner {
     capacity: Option<u64>,
     /// Operations until the power is gone, the one during which it goes included.
     fuse: Option<u64>,
-    /// Syncs until one fails.
+    /// Syncs until one fails, once.
     bad_sync: Option<u64>,
 }
 
@@ -105,6 +105,10 @@ pub(super) struct SimDisk(Arc<Mutex<Inner>>);
 
 fn off() -> io::Error {
     io::Error::other("the power is off")
+}
+
+fn sync_failed() -> io::Error {
+    io::Error::other("sync failed")
 }
 
 impl Inner {
@@ -123,15 +127,18 @@ impl Inner {
         Ok(())
     }
 
-    fn sync_step(&mut self) -> io::Result<()> {
+    /// Counts a sync; whether it is the one that fails.
+    fn sync_step(&mut self) -> io::Result<bool> {
         self.step()?;
-        match &mut self.bad_sync {
-            Some(0) => Err(io::Error::other("sync failed")),
-            Some(left) => {
-                *left -= 1;
-                Ok(())
+        match self.bad_sync {
+            Some(0) => {
+                self.bad_sync = None;
+                Ok(true)
             }
-            None => Ok(()),
+            left => {
+                self.bad_sync = left.map(|left| left - 1);
+                Ok(false)
+            }
         }
     }
 
@@ -169,7 +176,6 @@ impl Inode {
     }
 }
 
-#[allow(dead_code)]
 impl SimDisk {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap()
@@ -180,7 +186,8 @@ impl SimDisk {
         self.lock().fuse = Some(operations + 1);
     }
 
-    /// The sync after this many more fails, and all later ones.
+    /// The sync after this many more fails. As with a real kernel, what it should have made durable
+    /// still shows, but no later sync will write it.
     pub(super) fn fail_sync_after(&self, syncs: u64) {
         self.lock().bad_sync = Some(syncs);
     }
@@ -375,7 +382,9 @@ impl Disk for SimDisk {
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
         let mut inner = self.lock();
-        inner.sync_step()?;
+        if inner.sync_step()? {
+            return Err(sync_failed());
+        }
         if !path.is_empty() && inner.names.get(path) != Some(&Node::Dir) {
             return Err(not_found());
         }
@@ -386,7 +395,10 @@ impl Disk for SimDisk {
 
     fn sync_everything(&self) -> io::Result<()> {
         let mut inner = self.lock();
-        inner.sync_step()?;
+        if inner.sync_step()? {
+            inner.inodes.values_mut().for_each(|file| file.pending.clear());
+            return Err(sync_failed());
+        }
         let count = inner.journal.len();
         inner.commit_names(count);
         inner.inodes.values_mut().for_each(Inode::commit);
@@ -473,7 +485,10 @@ impl DiskFile for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut inner = self.disk.lock();
-        inner.sync_step()?;
+        if inner.sync_step()? {
+            self.file(&mut inner).pending.clear();
+            return Err(sync_failed());
+        }
         self.file(&mut inner).commit();
         Ok(())
     }

@@ -4,24 +4,24 @@ use super::engine::{Engine, Limits};
 use super::simulation::SimDisk;
 use super::*;
 use crate::chunk::{MAX_CHUNK_LENGTH, crc32c};
-use lazarette_types::InodeId;
+use lazarette_types::{ErrorCode, InodeId};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 type Key = (ReplicaSetId, ChunkId);
 type Model = BTreeMap<Key, (Version, Vec<u8>)>;
 
-const SMALL: Limits = Limits {
+pub(super) const SMALL: Limits = Limits {
     log: 256 << 10,
     direct: 16 << 10,
     headroom: 0,
 };
 
-fn node() -> NodeId {
+pub(super) fn node() -> NodeId {
     NodeId("storage-0".into())
 }
 
-fn key(n: u8) -> Key {
+pub(super) fn key(n: u8) -> Key {
     let chunk = ChunkId {
         volume: VolumeId(u64::from(n % 2)),
         ino: InodeId(u64::from(n / 4)),
@@ -30,20 +30,20 @@ fn key(n: u8) -> Key {
     (ReplicaSetId(u32::from(n / 2 % 2)), chunk)
 }
 
-fn v(sequence: u64) -> Version {
+pub(super) fn v(sequence: u64) -> Version {
     Version { epoch: 1, sequence }
 }
 
-fn start(disk: &SimDisk) -> Engine {
+pub(super) fn start(disk: &SimDisk) -> Engine {
     prepare(Arc::new(disk.clone()), SMALL, "c", &node()).unwrap().1
 }
 
-fn data(length: usize, seed: u64) -> Bytes {
+pub(super) fn data(length: usize, seed: u64) -> Bytes {
     let byte = |i: usize| (seed.wrapping_mul(31).wrapping_add(i as u64 / 3) % 251) as u8;
     (0..length).map(byte).collect::<Vec<_>>().into()
 }
 
-fn write(offset: u32, data: Bytes) -> Change {
+pub(super) fn write(offset: u32, data: Bytes) -> Change {
     let crc = crc32c(&data);
     Change::Write { offset, data, crc }
 }
@@ -62,16 +62,12 @@ fn contents(engine: &Engine) -> Model {
     model
 }
 
-fn assert_clean(disk: &SimDisk) {
+pub(super) fn assert_clean(disk: &SimDisk) {
     let report = check::check_disk(Arc::new(disk.clone())).unwrap();
     assert_eq!(report.problems, []);
 }
 
-/// Compared without printing a megabyte.
-fn same(a: &Model, b: &Model) -> bool {
-    a == b
-}
-
+/// For comparisons that print no megabytes.
 fn outline(model: &Model) -> Vec<(Key, Version, usize, u32)> {
     let line = |(key, (version, data)): (&Key, &(Version, Vec<u8>))| (*key, *version, data.len(), crc32c(data));
     model.iter().map(line).collect()
@@ -91,6 +87,10 @@ enum Op {
     Kill,
     /// During the next operations, after so many steps of the disk.
     PowerCut(u64, u64),
+    /// After so many more syncs one fails; then the process restarts.
+    BadSync(u64),
+    /// Bytes that the disk has free from now on.
+    Free(Option<u64>),
 }
 
 fn size() -> impl Strategy<Value = usize> {
@@ -113,6 +113,9 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Checkpoint),
         2 => Just(Op::Kill),
         5 => (0..30u64, any::<u64>()).prop_map(|(n, seed)| Op::PowerCut(n, seed)),
+        1 => (0..10u64).prop_map(Op::BadSync),
+        1 => (0..300_000u64).prop_map(|n| Op::Free(Some(n))),
+        2 => Just(Op::Free(None)),
     ]
 }
 
@@ -168,21 +171,22 @@ fn perform(engine: &Engine, model: &mut Model, op: &Op, n: u64) -> Result<(), Ch
             model.retain(|(of, _), _| *of != rs);
             engine.drop_replica_set(rs)
         }
-        Op::Checkpoint => engine.checkpoint(),
-        Op::Kill | Op::PowerCut(..) => Ok(()),
+        // A store that was full learns so that it is not any more.
+        Op::Checkpoint | Op::Free(None) => engine.checkpoint(),
+        Op::Kill | Op::PowerCut(..) | Op::BadSync(_) | Op::Free(Some(_)) => Ok(()),
     }
 }
 
-/// Runs the operations; whenever the power is cut, what is found must be what was acknowledged,
-/// with or without the one operation that was under way.
+/// Runs the operations. Whenever the power is cut or a sync fails, what is found after the restart
+/// must be what was acknowledged, with or without the one operation that was under way. A full
+/// disk changes nothing.
 fn run(ops: &[Op]) {
     let mut disk = SimDisk::default();
     let mut engine = start(&disk);
     let mut model = Model::new();
     let mut cut = None;
-    let mut n = 0;
-    for op in ops {
-        n += 1;
+    let mut full = false;
+    for (n, op) in (1..).zip(ops) {
         match op {
             Op::Kill if cut.is_none() => {
                 drop(engine);
@@ -197,45 +201,85 @@ fn run(ops: &[Op]) {
                 cut = Some(*seed);
                 continue;
             }
+            Op::BadSync(after) if cut.is_none() => disk.fail_sync_after(*after),
+            Op::Free(free) => {
+                full = free.is_some();
+                disk.set_capacity(free.map(|free| disk.used() + free));
+            }
             _ => {}
         }
         let before = model.clone();
-        let Err(error) = perform(&engine, &mut model, op, n) else {
-            continue;
-        };
-        let Some(mut seed) = cut.take() else {
-            panic!("{op:?}: {error}");
+        let outcome = perform(&engine, &mut model, op, n);
+        let seed = match outcome {
+            Ok(()) => continue,
+            Err(ChunkError::NoSpace) if full => {
+                model = before;
+                assert_eq!(outline(&contents(&engine)), outline(&model));
+                continue;
+            }
+            Err(error) if cut.is_none() => {
+                assert!(matches!(error, ChunkError::Poisoned(_)), "{op:?}: {error}");
+                assert_eq!(engine.poison.check().unwrap_err().code(), ErrorCode::Unavailable);
+                assert!(engine.read(key(0), 0, 1).is_err());
+                assert!(perform(&engine, &mut model.clone(), &Op::Truncate(0, 0), n + 1).is_err());
+                None
+            }
+            Err(_) => cut.take(),
         };
         drop(engine);
-        // The power may be cut again while the store recovers.
-        disk = disk.after_power_cut(seed);
-        loop {
-            assert_clean(&disk);
-            seed = seed.rotate_left(7) ^ 0x9e37;
-            if seed % 3 == 0 {
-                break;
+        match seed {
+            // What the failed sync lost still shows; the restarted store must not build on it.
+            None => {
+                disk = disk.after_kill();
+                disk.set_capacity(None);
+                let found = contents(&start(&disk));
+                disk = disk.after_power_cut(n);
+                engine = start(&disk);
+                assert_eq!(outline(&contents(&engine)), outline(&found));
             }
-            disk.cut_after(seed % 13);
-            let again = prepare(Arc::new(disk.clone()), SMALL, "c", &node());
-            if let Ok((_, engine)) = again {
-                let _ = engine.checkpoint();
+            Some(seed) => {
+                disk = disk.after_power_cut(seed);
+                disk.set_capacity(None);
+                disk = recover_interrupted(disk, seed);
+                engine = start(&disk);
             }
-            disk = disk.after_power_cut(seed);
         }
-        engine = start(&disk);
+        full = false;
         let found = contents(&engine);
-        if same(&found, &before) {
+        if found == before {
             model = before;
         } else {
             assert_eq!(outline(&found), outline(&model), "{op:?}");
         }
     }
-    assert!(same(&contents(&engine), &model));
+    if let Some(seed) = cut {
+        drop(engine);
+        engine = start(&disk.after_power_cut(seed));
+    }
+    assert_eq!(outline(&contents(&engine)), outline(&model));
+}
+
+/// Cuts the power a few times while the store recovers.
+fn recover_interrupted(mut disk: SimDisk, mut seed: u64) -> SimDisk {
+    loop {
+        assert_clean(&disk);
+        seed = seed.rotate_left(7) ^ 0x9e37;
+        if seed.is_multiple_of(3) {
+            return disk;
+        }
+        disk.cut_after(seed % 13);
+        let again = prepare(Arc::new(disk.clone()), SMALL, "c", &node());
+        if let Ok((_, engine)) = again {
+            let _ = engine.checkpoint();
+        }
+        disk = disk.after_power_cut(seed);
+    }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(150),
+        failure_persistence: None,
         ..ProptestConfig::default()
     })]
 
