@@ -195,7 +195,7 @@ impl Actor {
         let mut write: Option<PageWrite> = None;
         loop {
             if write.is_none() && !self.stopping {
-                write = self.next_page_write();
+                write = self.folding.step(&mut self.namespace, self.committed, &self.metrics);
             }
             if commit.is_none() {
                 commit = self.next_commit();
@@ -277,13 +277,6 @@ impl Actor {
         Metrics::add(&self.metrics.record_bytes, record.bytes.len() as u64);
         self.committing = Some((record.lsn, record.keys, record.bytes.len()));
         Some(Box::pin(self.journal.clone().commit(record.lsn, record.bytes)))
-    }
-
-    fn next_page_write(&mut self) -> Option<PageWrite> {
-        if self.folding.begins_pass() && self.namespace.state().changed_bytes() > 0 {
-            self.close_record();
-        }
-        self.folding.step(&mut self.namespace, self.committed, &self.metrics)
     }
 
     fn close_record(&mut self) {

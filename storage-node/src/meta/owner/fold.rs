@@ -70,12 +70,7 @@ impl Folding {
         self.bytes >= CAP_BYTES || self.records.len() >= CAP_RECORDS
     }
 
-    /// Whether the next step begins a pass. The open record must be closed before: a pass covers
-    /// whole records.
-    pub(super) fn begins_pass(&self) -> bool {
-        if self.pass.is_some() || self.page_store.is_none() {
-            return false;
-        }
+    fn is_due(&self) -> bool {
         let old = !self.records.is_empty() && self.last_pass.elapsed() >= FOLD_AFTER;
         self.bytes >= self.tuning.fold_bytes || self.records.len() >= self.tuning.fold_records || old
     }
@@ -84,10 +79,11 @@ impl Folding {
     pub(super) fn step(&mut self, namespace: &mut Namespace, committed: u64, metrics: &Metrics) -> Option<PageWrite> {
         self.page_store.as_ref()?;
         if self.pass.is_none() {
-            if !self.begins_pass() {
+            if !self.is_due() {
                 return None;
             }
             self.pass = Some(Pass {
+                // More may come into the open record: it is for the next pass.
                 goal: namespace.state().open_record() - 1,
                 rows: namespace.state_mut().take_dirty(),
                 ready: None,

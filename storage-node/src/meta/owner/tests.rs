@@ -670,3 +670,77 @@ async fn records_stay_below_what_the_store_takes() {
     let largest = records.iter().map(|kv| kv.value.len()).max().unwrap();
     assert!(largest > 64 << 10 && largest < 512 << 10, "{largest} bytes");
 }
+
+/// Pages show what was done in memory, so they are not written before it is committed.
+#[tokio::test]
+async fn pages_never_show_what_is_not_committed() {
+    let store = Arc::new(FlakyStore::new(5));
+    let rig = Rig::new(Arc::clone(&store) as Arc<dyn MetaStore>, "c").await;
+    let a = rig.node("a").await;
+    let won = claim(&a, VOLUME).await.unwrap();
+    let tuning = Tuning {
+        fold_records: 3,
+        ..Tuning::default()
+    };
+    let shard = Shard::start_with(&a, won, LIMITS, tuning).await.unwrap();
+    shard.open_session(SessionId(5), "client".into()).await.unwrap();
+    store.set_gated(true);
+    let spawn = |op_id, name: &'static str| {
+        let shard = shard.clone();
+        tokio::spawn(async move { call(&shard, 5, op_id, create(name)).await })
+    };
+    // The first is being committed while the second is done in memory.
+    let first = spawn(1, "first");
+    let counted = |least| {
+        let metrics = Arc::clone(&a.metrics);
+        move || {
+            let done = metrics.operations.load(Ordering::Relaxed) >= least;
+            async move { done }
+        }
+    };
+    until(counted(1)).await;
+    let second = spawn(2, "second");
+    until(counted(2)).await;
+    store.gate.add_permits(1);
+    first.await.unwrap().unwrap();
+    // The journal is long enough to be folded now. Each answer is a turn of the owner's task.
+    for _ in 0..20 {
+        call(&shard, 5, 0, Do::ReadLink(lazarette_proto::meta::ReadLink { ino: 99 }))
+            .await
+            .unwrap_err();
+        tokio::task::yield_now().await;
+    }
+    assert!(!second.is_finished());
+    let pages = rig.keys.shard(VOLUME).pages();
+    assert!(rig.store.range(&pages).await.unwrap().0.is_empty());
+    kill(&a).await;
+    store.set_gated(false);
+    assert_eq!(second.await.unwrap(), Err(ErrorCode::NotOwner));
+    let next = serve(&rig.node("b").await).await;
+    assert_eq!(names(&next, 5).await, ["first"]);
+}
+
+/// A write of pages that was given up for lost arrives after newer ones.
+#[tokio::test]
+async fn a_late_write_of_pages_changes_nothing() {
+    use crate::meta::pages::{EtcdPages, PageBatch, PageStore};
+    let store = Arc::new(FlakyStore::new(5));
+    let rig = Rig::new(Arc::clone(&store) as Arc<dyn MetaStore>, "c").await;
+    let won = claim(&rig.node("a").await, VOLUME).await.unwrap();
+    let shard = rig.keys.shard(VOLUME);
+    let mut pages = EtcdPages::new(
+        Arc::clone(&rig.store),
+        shard,
+        won.fence,
+        won.checkpoint,
+        won.config_revision,
+    );
+    let batch = |image: &str| PageBatch {
+        writes: [(1, Some(image.as_bytes().to_vec()))].into(),
+    };
+    store.keep_next();
+    pages.write(batch("old"), None).await.unwrap();
+    pages.write(batch("new"), Some(9)).await.unwrap();
+    assert!(!store.make_kept().await.succeeded);
+    assert_eq!(pages.load().await.unwrap(), [(1, b"new".to_vec())]);
+}

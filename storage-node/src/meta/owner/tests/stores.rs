@@ -2,10 +2,12 @@
 
 use async_trait::async_trait;
 use lazarette_metastore::{
-    KeyValue, LeaseId, MemoryStore, MetaStore, Revision, StoreError, Txn, TxnOutcome, WatchStream,
+    KeyValue, LeaseId, MemoryStore, MetaStore, Op, Revision, StoreError, Txn, TxnOutcome, WatchStream,
 };
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 /// In memory; while it fails, transactions are made or not without an answer that says which, and
 /// reads fail. Leases are not touched.
@@ -15,6 +17,12 @@ pub(super) struct FlakyStore {
     failing: AtomicBool,
     calls: AtomicU64,
     failures: AtomicU64,
+    /// While set, journal records wait for a permit.
+    gated: AtomicBool,
+    pub(super) gate: Semaphore,
+    /// Answers the next transaction with `Ambiguous` and keeps it.
+    keep_next: AtomicBool,
+    kept: Mutex<Option<Txn>>,
 }
 
 impl FlakyStore {
@@ -26,6 +34,10 @@ impl FlakyStore {
             failing: AtomicBool::default(),
             calls: AtomicU64::default(),
             failures: AtomicU64::default(),
+            gated: AtomicBool::default(),
+            gate: Semaphore::new(0),
+            keep_next: AtomicBool::default(),
+            kept: Mutex::default(),
         }
     }
 
@@ -35,6 +47,20 @@ impl FlakyStore {
 
     pub(super) fn failures(&self) -> u64 {
         self.failures.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_gated(&self, gated: bool) {
+        self.gated.store(gated, Ordering::SeqCst);
+    }
+
+    pub(super) fn keep_next(&self) {
+        self.keep_next.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the transaction that was kept.
+    pub(super) async fn make_kept(&self) -> TxnOutcome {
+        let txn = self.kept.lock().unwrap().take().expect("a kept transaction");
+        self.inner.txn(txn).await.unwrap()
     }
 
     /// How this call fails, 1 to 4, or 0.
@@ -65,6 +91,14 @@ impl MetaStore for FlakyStore {
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        if self.keep_next.swap(false, Ordering::SeqCst) {
+            *self.kept.lock().unwrap() = Some(txn);
+            return Err(StoreError::Ambiguous("kept".into()));
+        }
+        let is_record = |op: &Op| matches!(op, Op::Put { key, .. } if key.windows(3).any(|part| part == b"/j/"));
+        if self.gated.load(Ordering::SeqCst) && txn.then.iter().any(is_record) {
+            self.gate.acquire().await.unwrap().forget();
+        }
         match self.mood() {
             1 => Err(StoreError::Unavailable("in a bad mood".into())),
             2 => {
