@@ -4,7 +4,7 @@
 #   docker build -t registry.example.com/lazarette:0.1.0 .
 # The same programs at the same paths as in the image that `cargo xtask` makes without an engine.
 
-FROM rust:1.95-bookworm AS build
+FROM rust:1.95.0-bookworm AS build
 # For the generated code of etcd's client.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends protobuf-compiler \

@@ -7,7 +7,7 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{PersistentVolume, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client, Resource, ResourceExt};
 use lazarette_api::cluster_labels;
 use serde::Serialize;
@@ -20,17 +20,30 @@ pub const FIELD_MANAGER: &str = "lazarette-operator";
 
 /// An object could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} {kind} {name}: {source}")]
-pub struct ApplyError {
-    /// `apply` or `delete`.
-    pub action: &'static str,
-    /// The object's kind.
-    pub kind: String,
-    /// The object's name.
-    pub name: String,
-    /// What the API server said.
-    #[source]
-    pub source: Box<kube::Error>,
+pub enum ApplyError {
+    /// The API server refused or did not answer.
+    #[error("{action} {kind} {name}: {source}")]
+    Refused {
+        /// `apply`, `delete` and so on.
+        action: &'static str,
+        /// The object's kind.
+        kind: String,
+        /// The object's name.
+        name: String,
+        /// What the API server said.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// The name is taken by an object that is not of this storage cluster.
+    #[error(
+        "{kind} {name} exists and is not of this StorageCluster: delete it, or give the StorageCluster another name"
+    )]
+    Foreign {
+        /// The object's kind.
+        kind: String,
+        /// The object's name.
+        name: String,
+    },
 }
 
 /// What the API server made of the StatefulSets.
@@ -86,10 +99,22 @@ async fn apply_all<K: Owned>(client: &Client, cluster: &ValidCluster, objects: &
     let mut applied = Vec::with_capacity(objects.len());
     for object in objects {
         let name = object.name_any();
+        let found = api.get_metadata_opt(&name).await;
+        let found = found.map_err(|source| error::<K>("read", name.clone(), source))?;
+        // To apply would make it ours, and later delete it with the cluster.
+        if found.is_some_and(|object| !is_ours(&object.metadata, cluster)) {
+            let kind = K::kind(&()).into_owned();
+            return Err(ApplyError::Foreign { kind, name });
+        }
         let result = api.patch(&name, &parameters, &Patch::Apply(object)).await;
         applied.push(result.map_err(|source| error::<K>("apply", name, source))?);
     }
     Ok(applied)
+}
+
+fn is_ours(metadata: &ObjectMeta, cluster: &ValidCluster) -> bool {
+    let mut owners = metadata.owner_references.iter().flatten();
+    owners.any(|owner| owner.uid == cluster.uid)
 }
 
 /// A PersistentVolume is written once: from then on it belongs to Kubernetes' volume controller.
@@ -130,7 +155,7 @@ async fn delete_orphans<K: Owned>(client: &Client, cluster: &ValidCluster, wante
         .map_err(|source| error::<K>("list", selector.clone(), source))?;
     for object in found.items {
         let name = object.name_any();
-        let ours = object.owner_references().iter().any(|o| o.uid == cluster.uid);
+        let ours = is_ours(&object.metadata, cluster);
         if wanted.contains(&name) || !ours || object.metadata.deletion_timestamp.is_some() {
             continue;
         }
@@ -148,7 +173,7 @@ async fn delete_orphans<K: Owned>(client: &Client, cluster: &ValidCluster, wante
 }
 
 fn error<K: Resource<DynamicType = ()>>(action: &'static str, name: String, source: kube::Error) -> ApplyError {
-    ApplyError {
+    ApplyError::Refused {
         action,
         kind: K::kind(&()).into_owned(),
         name,

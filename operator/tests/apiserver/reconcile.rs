@@ -131,6 +131,36 @@ async fn drift_is_corrected_and_orphans_go() {
 }
 
 #[tokio::test]
+async fn objects_of_others_are_left_alone() {
+    let world = World::new().await;
+    let services = world.api::<Service>();
+    let service: Service = serde_json::from_value(json!({
+        "metadata": {"name": "demo-etcd"},
+        "spec": {"ports": [{"port": 1}]},
+    }))
+    .unwrap();
+    services.create(&PostParams::default(), &service).await.unwrap();
+    world.create(&sample("demo")).await.unwrap();
+    let context = world.context();
+    world.reconcile(&context, "demo").await.unwrap();
+    let error = world.reconcile(&context, "demo").await.unwrap_err();
+    let expected = "Service demo-etcd exists and is not of this StorageCluster";
+    assert!(error.contains(expected), "{error}");
+    let (state, message) = world.condition("demo", Degraded).await;
+    assert!(
+        state == "True:ApplyFailed" && message.contains(expected),
+        "{state}: {message}"
+    );
+    let service = services.get("demo-etcd").await.unwrap();
+    assert!(service.metadata.owner_references.is_none());
+
+    services.delete("demo-etcd", &Default::default()).await.unwrap();
+    world.reconcile(&context, "demo").await.unwrap();
+    let service = services.get("demo-etcd").await.unwrap();
+    assert!(service.metadata.owner_references.is_some());
+}
+
+#[tokio::test]
 async fn paused_changes_nothing_and_stopped_ends_pods() {
     let world = World::new().await;
     let mut cluster = sample("demo");
