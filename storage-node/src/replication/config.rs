@@ -36,7 +36,7 @@ impl Default for ReplicationConfig {
         Self {
             debt_bytes: 64 << 20,
             debt_age: Duration::from_secs(2),
-            eject_slow: Duration::from_secs(3),
+            eject_slow: Duration::from_secs(4),
             eject_dead: Duration::from_millis(500),
             dead_grace: Duration::from_secs(5),
             call_timeout: Duration::from_secs(2),

@@ -24,7 +24,6 @@ pub(crate) struct Context {
     /// Chunks being copied by repair.
     pub(crate) repairs: Semaphore,
     /// When repair may copy again, by its rate.
-    pub(crate) backlog: super::repair::Backlog,
     pub(crate) repair_pace: tokio::sync::Mutex<Option<Instant>>,
     /// Sets being handed back: one after the other.
     pub(crate) hand_backs: Semaphore,

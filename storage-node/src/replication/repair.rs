@@ -12,8 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// What is still to be copied to members that come back, over the replica sets that this node
-/// leads.
+/// What is still to be copied to members of a set that come back.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
     pub(crate) chunks: AtomicU64,
@@ -136,7 +135,7 @@ impl Tenure {
         }
         drop(ours);
         let share = Share {
-            backlog: &self.ctx.backlog,
+            backlog: &self.backlog,
             chunks: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };

@@ -113,7 +113,6 @@ impl Replicas {
             links,
             counters: Counters::default(),
             repairs: tokio::sync::Semaphore::new(parts.config.repair_in_flight.max(1)),
-            backlog: super::repair::Backlog::default(),
             repair_pace: tokio::sync::Mutex::default(),
             hand_backs: tokio::sync::Semaphore::new(1),
             stopped: CancellationToken::new(),
@@ -162,12 +161,27 @@ impl Replicas {
         &self.ctx.counters
     }
 
-    /// What this node still has to copy.
+    /// What this node still has to copy, in all.
     pub fn repair_backlog(&self) -> RepairBacklog {
-        RepairBacklog {
-            chunks: self.ctx.backlog.chunks.load(Ordering::Relaxed),
-            bytes: self.ctx.backlog.bytes.load(Ordering::Relaxed),
+        let mut total = RepairBacklog::default();
+        for backlog in self.repair_backlogs().values() {
+            total.chunks += backlog.chunks;
+            total.bytes += backlog.bytes;
         }
+        total
+    }
+
+    /// What this node still has to copy, for each set where there is something.
+    pub fn repair_backlogs(&self) -> BTreeMap<ReplicaSetId, RepairBacklog> {
+        let sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        sets.values()
+            .filter_map(|set| {
+                let tenure = set.tenure()?;
+                let chunks = tenure.backlog.chunks.load(Ordering::Relaxed);
+                let bytes = tenure.backlog.bytes.load(Ordering::Relaxed);
+                (chunks > 0).then_some((set.id, RepairBacklog { chunks, bytes }))
+            })
+            .collect()
     }
 
     /// The sets that this node serves as primary now, with their epochs.

@@ -12,8 +12,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How often deliveries' ages are looked at.
+/// How often deliveries' ages are looked at while there are any.
 const TICK: Duration = Duration::from_millis(100);
+/// How often the set is looked at while nothing happens.
+const IDLE_TICK: Duration = Duration::from_millis(500);
 /// Longest pause between two attempts to bring a member back.
 const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How long the deliveries under way may hold up a hand-back before it is given up.
@@ -30,14 +32,13 @@ impl Tenure {
     /// Works until the tenure ends.
     pub(crate) async fn supervise(self: &Arc<Self>) {
         let mut view = self.ctx.view.clone();
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut dead_since: BTreeMap<NodeId, Instant> = BTreeMap::new();
         let mut repairs: BTreeMap<NodeId, Repair> = BTreeMap::new();
         loop {
+            let tick = if self.busy() { TICK } else { IDLE_TICK };
             tokio::select! {
                 () = self.closed.cancelled() => break,
-                _ = tick.tick() => {}
+                () = tokio::time::sleep(tick) => {}
                 changed = view.changed() => if changed.is_err() { break },
             }
             let now = Arc::clone(&view.borrow_and_update());
@@ -58,6 +59,13 @@ impl Tenure {
         for repair in repairs.values() {
             repair.running.abort();
         }
+    }
+
+    /// Whether changes are on their way, or members are missing.
+    fn busy(&self) -> bool {
+        let state = self.state();
+        let record = &state.record.record;
+        record.in_sync.len() < record.members.len() || state.peers.values().any(|p| !p.pending.is_empty())
     }
 
     /// Ends the tenure if another configuration is known than this tenure made.

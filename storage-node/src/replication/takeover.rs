@@ -34,7 +34,8 @@ pub(crate) async fn take_over(
         if current.record.primary != ctx.node {
             return None;
         }
-        if ctx.lease.valid() {
+        // With a failed disk this node could not recover anything; the process is about to end.
+        if ctx.lease.valid() && ctx.chunks.health().is_ok() {
             match attempt(ctx, member, &mut current, since).await {
                 Ok(Some(tenure)) => return Some(tenure),
                 // The record has changed: look at it and go on at once.

@@ -1,5 +1,6 @@
 use super::context::{Context, Swap};
 use super::operation::{Operation, Progress};
+use super::repair::Backlog;
 use super::{Member, ReplicationError};
 use crate::chunk::{ChunkError, Contents, DAMAGED};
 use crate::membership::Versioned;
@@ -30,6 +31,8 @@ pub(crate) struct Tenure {
     pub(crate) reconfiguring: tokio::sync::Mutex<()>,
     /// Signalled when waiting for room, members or the end of deliveries may be over.
     pub(crate) changed: Notify,
+    /// What repair has still to copy.
+    pub(crate) backlog: Backlog,
     state: Mutex<State>,
 }
 
@@ -193,6 +196,7 @@ impl Tenure {
             draining: AtomicBool::new(false),
             reconfiguring: tokio::sync::Mutex::default(),
             changed: Notify::new(),
+            backlog: Backlog::default(),
             state: Mutex::new(State {
                 record,
                 sequence: 0,

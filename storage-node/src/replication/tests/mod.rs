@@ -3,5 +3,6 @@
 
 mod faults;
 mod harness;
+mod model;
 mod random;
 mod scenarios;

@@ -402,3 +402,30 @@ async fn chunk_access_finds_the_primary_from_any_node() {
     delete.await.unwrap().unwrap();
     assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_debt_to_a_backup_is_bounded() {
+    let config = ReplicationConfig {
+        debt_bytes: 1 << 20,
+        ..quick()
+    };
+    let cluster = Cluster::start(3, config).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let debt = cluster.running(0).replicas.ctx.links.debt(&node(2));
+    cluster.link(0, 2, LinkState::Paused);
+    let mut most = 0;
+    for i in 0..40 {
+        client.write(set, chunk(2, i), 0, vec![1; 256 << 10]).await.unwrap();
+        most = most.max(debt.load(Ordering::SeqCst));
+    }
+    // Acknowledged by two all the while; the third one owes at most the bound and one write, and
+    // is ejected in the end, for writes to go on.
+    assert!((1 << 20..=(1 << 20) + (512 << 10)).contains(&most), "{most}");
+    let record = cluster.record(set).await;
+    assert_eq!(record.in_sync, [node(0), node(1)]);
+    cluster.link(0, 2, LinkState::Up);
+    cluster.whole(set).await;
+    assert_eq!(cluster.converged(set).await.len(), 40);
+    assert_eq!(debt.load(Ordering::SeqCst), 0);
+}
