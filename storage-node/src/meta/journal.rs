@@ -140,7 +140,7 @@ impl Journal {
                     return Err(Lost(error.to_string()));
                 }
                 Err(error @ (StoreError::Unavailable(_) | StoreError::Full(_))) => {
-                    if tries % 100 == 0 {
+                    if tries.is_multiple_of(100) {
                         tracing::warn!(%error, lsn, tries, "record is not committed yet");
                     }
                     tries += 1;
