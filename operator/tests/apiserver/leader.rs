@@ -1,7 +1,10 @@
 //! Leader election on a real Lease.
 
 use crate::world::{PATIENCE, RELEASE_NAMESPACE, World};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::Api;
 use lazarette_operator::{Leadership, Timing};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -10,12 +13,24 @@ const LEASE: &str = "lazarette-operator";
 
 fn candidate(world: &World, identity: &str) -> Leadership {
     let timing = Timing {
-        duration: Duration::from_secs(3),
-        deadline: Duration::from_secs(2),
+        duration: Duration::from_secs(8),
+        deadline: Duration::from_secs(7),
         retry: Duration::from_millis(200),
     };
     let client = world.plane.service_account(RELEASE_NAMESPACE, "lazarette-operator");
     Leadership::new(client, RELEASE_NAMESPACE, LEASE, identity.to_owned(), timing)
+}
+
+/// Waits until the Lease was renewed so many times.
+async fn renewals(world: &World, count: usize) {
+    let leases: Api<Lease> = Api::namespaced(world.client.clone(), RELEASE_NAMESPACE);
+    let mut seen = BTreeSet::new();
+    while seen.len() <= count {
+        let spec = leases.get(LEASE).await.unwrap().spec.unwrap();
+        assert_eq!(spec.holder_identity.as_deref(), Some("first"));
+        seen.insert(spec.renew_time.unwrap().0);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test]
@@ -29,7 +44,7 @@ async fn one_leads_until_it_releases_or_dies() {
     tokio::select! {
         () = second.acquire() => panic!("two leaders"),
         () = first.hold() => panic!("lost leadership without cause"),
-        () = tokio::time::sleep(Duration::from_secs(5)) => {}
+        () = renewals(&world, 5) => {}
     }
     first.release().await;
     timeout(PATIENCE, second.acquire()).await.unwrap();
