@@ -13,7 +13,7 @@ mod memory;
 mod contract;
 
 pub use error::ChunkError;
-pub use file::{CheckError, CheckReport, FileChunkStore, Identity, IdentityError, OpenError, Problem, check};
+pub use file::{CheckError, CheckReport, FileChunkStore, Identity, IdentityError, OpenError, Problem, Stats, check};
 pub use memory::MemoryChunkStore;
 
 use async_trait::async_trait;

@@ -7,23 +7,23 @@
 
 use super::disk::{Disk, DiskFile, Mode, Space, is_full, is_transient};
 use super::format::{
-    FileId, HEADER_BYTES, Header, Key, STAGING, TRASH, block_offset, block_sum, blocks, chunk_path, set_dir,
-    staging_path, table_offset, volume_dir,
+    FileId, HEADER_BYTES, Header, Key, STAGING, TRASH, block_offset, block_sum, blocks, chunk_path, parse_volume_dir,
+    set_dir, staging_path, volume_dir,
 };
 use super::log::{Log, Reservation};
 use super::poison::Poison;
 use super::record::{BLOCK_OVERHEAD, Block, ChangeRecord, RECORD_OVERHEAD, Record, ReplaceRecord};
 use super::state::{Entry, State};
-use crate::chunk::{BLOCK_SIZE, Change, ChunkError, ChunkSummary, Contents, Step, Usage, admit, admit_install};
+use crate::chunk::{BLOCK_SIZE, Change, ChunkError, Step, admit, admit_install};
 use bytes::Bytes;
-use lazarette_types::{ChunkId, ReplicaSetId, Version, VolumeId};
+use lazarette_types::{ReplicaSetId, Version, VolumeId};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-const BLOCK: usize = BLOCK_SIZE as usize;
+pub(super) const BLOCK: usize = BLOCK_SIZE as usize;
 const CHANGE_LOCKS: usize = 1024;
 const FILE_LOCKS: usize = 256;
 
@@ -63,14 +63,6 @@ pub(super) struct Engine {
     changes: Vec<Mutex<()>>,
     files: Vec<RwLock<()>>,
     hasher: RandomState,
-}
-
-/// What a read needs to know of a chunk.
-struct View {
-    entry: Entry,
-    base: u32,
-    /// Changed blocks of the range, ascending.
-    pending: Vec<(u32, Block)>,
 }
 
 impl Engine {
@@ -113,7 +105,7 @@ impl Engine {
         &self.files[self.hasher.hash_one(key) as usize % FILE_LOCKS]
     }
 
-    fn share_file(&self, key: Key) -> RwLockReadGuard<'_, ()> {
+    pub(super) fn share_file(&self, key: Key) -> RwLockReadGuard<'_, ()> {
         let lock = self.file_lock(key).read();
         lock.unwrap_or_else(PoisonError::into_inner)
     }
@@ -183,7 +175,7 @@ impl Engine {
         Ok(())
     }
 
-    fn space(&self) -> Result<Space, ChunkError> {
+    pub(super) fn space(&self) -> Result<Space, ChunkError> {
         let space = self.disk.space();
         space.map_err(|error| ChunkError::Io(format!("space on the disk: {error}")))
     }
@@ -205,161 +197,6 @@ impl Engine {
         }
         Ok(())
     }
-
-    // ---- reading ----
-
-    fn view(&self, key: Key, range: std::ops::Range<u32>) -> Option<View> {
-        let state = self.state();
-        let entry = state.entry(key)?;
-        let mut view = View {
-            entry,
-            base: blocks(entry.length),
-            pending: Vec::new(),
-        };
-        if let Some(overlay) = state.overlay(key) {
-            view.base = overlay.base;
-            view.pending = overlay
-                .blocks
-                .range(range)
-                .map(|(index, pending)| (*index, pending.block.clone()))
-                .collect();
-        }
-        Some(view)
-    }
-
-    /// Whole blocks `first..last`, verified. The caller shares the file lock.
-    fn read_view(&self, key: Key, view: &View, first: u32, last: u32) -> Result<Vec<u8>, ChunkError> {
-        let corrupt = |reason: String| ChunkError::Corrupt { chunk: key.1, reason };
-        let mut buffer = vec![0; (last - first) as usize * BLOCK];
-        let place = |block: u32| (block - first) as usize * BLOCK;
-        // Blocks that the file has, with their checksum where the overlay knows better.
-        let mut from_file = Vec::new();
-        let mut pending = view.pending.iter().peekable();
-        for block in first..last {
-            match pending.next_if(|(index, _)| *index == block) {
-                Some((_, Block::Image(_))) => {}
-                Some((_, Block::InFile(sum))) => from_file.push((block, Some(*sum))),
-                None if block < view.base => from_file.push((block, None)),
-                None => {}
-            }
-        }
-        if let (Some(&(low, _)), Some(&(high, _))) = (from_file.first(), from_file.last()) {
-            let read = || -> io::Result<(Vec<u8>, Vec<u8>)> {
-                let file = self.disk.open(&chunk_path(key, view.entry.file), Mode::Read)?;
-                let mut table = vec![0; (high + 1 - low) as usize * 4];
-                file.read_at(&mut table, table_offset(low))?;
-                let mut data = vec![0; (high + 1 - low) as usize * BLOCK];
-                file.read_at(&mut data, block_offset(low))?;
-                Ok((table, data))
-            };
-            let (table, data) = read().map_err(|error| {
-                if is_transient(&error) {
-                    ChunkError::Io(format!("reading a chunk file: {error}"))
-                } else {
-                    corrupt(error.to_string())
-                }
-            })?;
-            for (block, sum) in from_file {
-                let at = (block - low) as usize;
-                let bytes = &data[at * BLOCK..(at + 1) * BLOCK];
-                let stored = &table[at * 4..at * 4 + 4];
-                let stored = u32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]]);
-                if block_sum(bytes) != sum.unwrap_or(stored) {
-                    return Err(corrupt(format!("block {block} fails its checksum")));
-                }
-                buffer[place(block)..place(block) + BLOCK].copy_from_slice(bytes);
-            }
-        }
-        for (index, block) in &view.pending {
-            if let Block::Image(image) = block {
-                buffer[place(*index)..place(*index) + BLOCK].copy_from_slice(image);
-            }
-        }
-        Ok(buffer)
-    }
-
-    /// Whole blocks `first..last` of a chunk that exists. The caller has its change lock.
-    fn read_blocks(&self, key: Key, first: u32, last: u32) -> Result<Vec<u8>, ChunkError> {
-        let _file = self.share_file(key);
-        match self.view(key, first..last) {
-            Some(view) if first < last => self.read_view(key, &view, first, last),
-            _ => Ok(Vec::new()),
-        }
-    }
-
-    pub(super) fn read(&self, key: Key, offset: u32, length: u32) -> Result<Contents, ChunkError> {
-        self.poison.check()?;
-        let _file = self.share_file(key);
-        let first = offset / BLOCK_SIZE;
-        let Some(mut view) = self.view(key, first..blocks(offset.saturating_add(length))) else {
-            return Ok(Contents::new(Version::NONE, Bytes::new()));
-        };
-        if view.entry.is_damaged() {
-            return Err(damaged(key.1));
-        }
-        let end = offset.saturating_add(length).min(view.entry.length);
-        if offset >= end {
-            return Ok(Contents::new(view.entry.version, Bytes::new()));
-        }
-        let last = blocks(end);
-        view.pending.retain(|(index, _)| *index < last);
-        let buffer = Bytes::from(self.read_view(key, &view, first, last)?);
-        let skip = (offset % BLOCK_SIZE) as usize;
-        let data = buffer.slice(skip..skip + (end - offset) as usize);
-        Ok(Contents::new(view.entry.version, data))
-    }
-
-    pub(super) fn version(&self, key: Key) -> Result<Version, ChunkError> {
-        self.poison.check()?;
-        match self.state().entry(key) {
-            None => Ok(Version::NONE),
-            Some(entry) if entry.is_damaged() => Err(damaged(key.1)),
-            Some(entry) => Ok(entry.version),
-        }
-    }
-
-    pub(super) fn list(&self, rs: ReplicaSetId) -> Result<Vec<ChunkSummary>, ChunkError> {
-        self.poison.check()?;
-        let mut list: Vec<_> = self
-            .state()
-            .chunks(rs)
-            .map(|(chunk, entry)| ChunkSummary {
-                chunk,
-                version: entry.version,
-                length: entry.length,
-            })
-            .collect();
-        list.sort_unstable_by_key(|summary| summary.chunk);
-        Ok(list)
-    }
-
-    pub(super) fn volumes(&self) -> Result<Vec<VolumeId>, ChunkError> {
-        self.poison.check()?;
-        let state = self.state();
-        let ids: BTreeSet<_> = state
-            .sets()
-            .flat_map(|(_, set)| set.keys().map(|chunk| chunk.volume))
-            .collect();
-        Ok(ids.into_iter().collect())
-    }
-
-    pub(super) fn replica_sets(&self) -> Result<Vec<ReplicaSetId>, ChunkError> {
-        self.poison.check()?;
-        let ids: BTreeSet<_> = self.state().sets().map(|(rs, _)| rs).collect();
-        Ok(ids.into_iter().collect())
-    }
-
-    pub(super) fn usage(&self) -> Result<Usage, ChunkError> {
-        let space = self.space()?;
-        let taken = self.state().overlay_cost() + self.limits.headroom;
-        Ok(Usage {
-            capacity: space.capacity,
-            used: space.capacity - space.free,
-            available: space.available.saturating_sub(taken),
-        })
-    }
-
-    // ---- changing ----
 
     /// Upper bound of the record of a change that brings this many bytes.
     fn record_bound(&self, data: usize) -> u64 {
@@ -723,7 +560,9 @@ impl Engine {
             let chunks = state
                 .sets()
                 .flat_map(|(rs, set)| set.keys().map(move |chunk| (rs, chunk.volume)));
-            chunks.filter_map(|(rs, v)| folder(rs, v)).collect()
+            // Folders of chunks that were all deleted, too.
+            let known = state.known_dirs.iter().filter_map(|dir| parse_volume_dir(dir));
+            chunks.chain(known).filter_map(|(rs, v)| folder(rs, v)).collect()
         };
         if folders.is_empty() {
             return Ok(());
@@ -760,13 +599,6 @@ impl Engine {
             }
         }
         Ok(())
-    }
-}
-
-fn damaged(chunk: ChunkId) -> ChunkError {
-    ChunkError::Corrupt {
-        chunk,
-        reason: "its header is damaged or its file is missing".into(),
     }
 }
 

@@ -132,6 +132,13 @@ pub(super) fn volume_dir(rs: ReplicaSetId, volume: VolumeId) -> String {
     format!("{CHUNKS}/{:08x}/{:016x}", rs.0, volume.0)
 }
 
+/// What [`volume_dir`] gave a path for.
+pub(super) fn parse_volume_dir(path: &str) -> Option<(ReplicaSetId, VolumeId)> {
+    let (set, volume) = path.strip_prefix(CHUNKS)?.strip_prefix('/')?.split_once('/')?;
+    let set = u32::try_from(parse_hex(set, 8)?).ok()?;
+    Some((ReplicaSetId(set), VolumeId(parse_hex(volume, 16)?)))
+}
+
 /// The path of a chunk file.
 pub(super) fn chunk_path((rs, chunk): Key, file: FileId) -> String {
     format!(

@@ -5,7 +5,7 @@
 //! - `log`, `record`: the write-ahead log with group commit, and what is in it.
 //! - `format`: the chunk file.
 //! - `state`: the index, and the overlay of what only the log has.
-//! - `engine`: the operations; `checkpoint` folds the log into the files; `recovery` opens.
+//! - `engine`: changes; `reading`: reads; `checkpoint` folds the log into the files; `recovery` opens.
 //! - `check`: the offline check.
 
 mod check;
@@ -16,6 +16,7 @@ mod format;
 mod identity;
 mod log;
 mod poison;
+mod reading;
 mod record;
 mod recovery;
 mod state;
@@ -40,8 +41,9 @@ use engine::{Engine, Limits};
 use identity::Folder;
 use lazarette_types::{ChunkId, NodeId, ReplicaSetId, Version, VolumeId};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -93,6 +95,25 @@ pub enum OpenError {
     },
 }
 
+/// Counts since the store was opened, and the present state of its log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Calls that met a damaged chunk.
+    pub damaged: u64,
+    /// Calls refused because they made no sense or their data did not match its checksum.
+    pub refused: u64,
+    /// Bytes of the log that recovery would read.
+    pub log_bytes: u64,
+    /// Bytes that the log has room for.
+    pub log_capacity: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    damaged: AtomicU64,
+    refused: AtomicU64,
+}
+
 /// The durable [`ChunkStore`]: a folder on a local disk.
 ///
 /// It works within a tokio runtime, on its blocking threads. A call goes on to its end if its
@@ -102,6 +123,7 @@ pub struct FileChunkStore {
     identity: Identity,
     changes: Arc<Semaphore>,
     reads: Arc<Semaphore>,
+    counters: Counters,
     folding: Option<JoinHandle<()>>,
 }
 
@@ -135,7 +157,14 @@ impl FileChunkStore {
         let folder = Arc::clone(&engine);
         let folding = std::thread::Builder::new()
             .name("chunk-fold".into())
-            .spawn(move || folder.fold_in_background(FOLD_INTERVAL))
+            .spawn(move || {
+                let fold = AssertUnwindSafe(|| folder.fold_in_background(FOLD_INTERVAL));
+                if catch_unwind(fold).is_err() {
+                    folder
+                        .poison
+                        .set("folding the log", &"a bug, see the log of the process");
+                }
+            })
             .map_err(|source| OpenError::Io {
                 path: path.to_owned(),
                 source,
@@ -145,6 +174,7 @@ impl FileChunkStore {
             identity,
             changes: Arc::new(Semaphore::new(CHANGES_AT_ONCE)),
             reads: Arc::new(Semaphore::new(READS_AT_ONCE)),
+            counters: Counters::default(),
             folding: Some(folding),
         })
     }
@@ -157,6 +187,16 @@ impl FileChunkStore {
     /// Folds the whole log into the files now, as before a planned stop: opening is quicker then.
     pub async fn fold(&self) -> Result<(), ChunkError> {
         self.run(&self.changes, Engine::checkpoint).await
+    }
+
+    /// What has happened since the store was opened.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            damaged: self.counters.damaged.load(Ordering::Relaxed),
+            refused: self.counters.refused.load(Ordering::Relaxed),
+            log_bytes: self.engine.log.used(),
+            log_capacity: self.engine.log.area(),
+        }
     }
 
     /// Runs a call to its end on a blocking thread.
@@ -173,7 +213,19 @@ impl FileChunkStore {
             result
         });
         match done.await {
-            Ok(result) => result,
+            Ok(result) => {
+                match &result {
+                    Err(ChunkError::Corrupt { chunk, reason }) => {
+                        tracing::error!(%chunk, reason, "a chunk is damaged");
+                        self.counters.damaged.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(ChunkError::DamagedInTransit { .. } | ChunkError::InvalidChange { .. }) => {
+                        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+                    }
+                    _ => {}
+                }
+                result
+            }
             // A bug: what the call had done is unknown.
             Err(error) if error.is_panic() => Err(self.engine.poison.set("a call", &error)),
             Err(error) => Err(ChunkError::Io(error.to_string())),
