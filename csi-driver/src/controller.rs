@@ -17,6 +17,7 @@ use lazarette_proto::csi::controller_service_capability::{self, Type};
 use lazarette_proto::csi::*;
 use lazarette_types::{DEFAULT_CHUNK_SIZE, ReplicationPolicy, VolumeId};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
 
@@ -32,6 +33,12 @@ const CAPABILITIES: &[Rpc] = &[
 
 /// Volumes asked from a cluster at once, so that no reply exceeds gRPC's usual 4 MiB.
 const BATCH: u32 = 1000;
+
+/// How long a volume may be reported as in use after it was unmounted.
+const UNMOUNTED: Duration = Duration::from_secs(8);
+
+/// Between two tries to delete a volume in use.
+const POLL: Duration = Duration::from_millis(200);
 
 /// The Controller service.
 #[derive(Debug)]
@@ -278,17 +285,24 @@ impl Controller for ControllerService {
         };
         let _permit = self.in_flight.enter(&request.volume_id)?;
         let id = handle.volume.0;
-        let deleted = self
-            .clusters
-            .call(&handle.cluster, deadline, |mut client| async move {
-                let force = false;
-                client.delete_volume(cluster::DeleteVolumeRequest { id, force }).await
-            })
-            .await;
-        match deleted {
-            Err(status) if status.code() == Code::NotFound => done,
-            Err(status) => Err(status),
-            Ok(_) => done,
+        // The count of mounted clients lags: a volume that was just unmounted still counts as in use.
+        let patience = deadline.min(Instant::now() + UNMOUNTED);
+        loop {
+            let deleted = self
+                .clusters
+                .call(&handle.cluster, deadline, |mut client| async move {
+                    let force = false;
+                    client.delete_volume(cluster::DeleteVolumeRequest { id, force }).await
+                })
+                .await;
+            match deleted {
+                Err(status) if status.code() == Code::FailedPrecondition && Instant::now() + POLL < patience => {
+                    tokio::time::sleep(POLL).await;
+                }
+                Err(status) if status.code() == Code::NotFound => return done,
+                Err(status) => return Err(status),
+                Ok(_) => return done,
+            }
         }
     }
 

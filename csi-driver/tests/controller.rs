@@ -85,7 +85,9 @@ impl Bench {
             volume_id: volume_id.to_owned(),
             ..DeleteVolumeRequest::default()
         };
-        self.service.delete_volume(Request::new(request)).await.map(|_| ())
+        let mut request = Request::new(request);
+        request.set_timeout(Duration::from_secs(1));
+        self.service.delete_volume(request).await.map(|_| ())
     }
 
     async fn expand(&self, volume_id: &str, required_bytes: i64, limit_bytes: i64) -> Result<i64, Status> {
@@ -162,6 +164,25 @@ async fn a_volume_from_its_making_to_its_end() {
     bench.cluster.set_sessions(1, 0);
     bench.delete(&volume.volume_id).await.unwrap();
     bench.delete(&volume.volume_id).await.unwrap();
+    assert!(bench.cluster.volumes().is_empty());
+}
+
+#[tokio::test]
+async fn a_count_of_clients_that_lags_is_waited_for() {
+    let bench = bench().await;
+    let volume_id = bench.create(request("pvc-1", GIB, 0)).await.unwrap().volume_id;
+    bench.cluster.set_sessions(1, 1);
+    let service = Arc::clone(&bench.service);
+    let deleting = tokio::spawn(async move {
+        let request = DeleteVolumeRequest {
+            volume_id,
+            ..DeleteVolumeRequest::default()
+        };
+        service.delete_volume(Request::new(request)).await
+    });
+    stand_in::eventually("a first refusal", || bench.cluster.in_use() > 0).await;
+    bench.cluster.set_sessions(1, 0);
+    deleting.await.unwrap().unwrap();
     assert!(bench.cluster.volumes().is_empty());
 }
 

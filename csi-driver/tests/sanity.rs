@@ -104,6 +104,13 @@ async fn csi_sanity_passes() {
         eventually("listening", || std::path::Path::new(socket).exists()).await;
     }
 
+    // A real cluster may not be up, which csi-sanity would find out anew for each test.
+    let address = endpoint.trim_start_matches("http://").to_owned();
+    eventually("the cluster's listening", || {
+        std::net::TcpStream::connect(&address).is_ok()
+    })
+    .await;
+
     let parameters = place.path("parameters.yaml");
     std::fs::write(&parameters, "cluster: sanity\n").unwrap();
     let report = place.path("report.json");

@@ -135,6 +135,8 @@ struct ClusterState {
     last: u64,
     /// Calls to be answered with "unavailable" before the next is served.
     refusals: u32,
+    /// Deletions refused since the volume was in use.
+    in_use: u32,
     /// Every CreateVolume seen.
     created: Vec<CreateVolumeRequest>,
 }
@@ -162,6 +164,10 @@ impl FakeCluster {
 
     pub fn refusals(&self) -> u32 {
         self.state.lock().unwrap().refusals
+    }
+
+    pub fn in_use(&self) -> u32 {
+        self.state.lock().unwrap().in_use
     }
 
     pub fn set_sessions(&self, id: u64, sessions: u32) {
@@ -239,6 +245,7 @@ impl Cluster for FakeCluster {
         let id = request.into_inner().id;
         let mut state = self.state()?;
         if state.volumes.get(&id).is_some_and(|volume| volume.sessions > 0) {
+            state.in_use += 1;
             return Err(status(ErrorCode::VolumeInUse, "the volume is mounted"));
         }
         state.volumes.remove(&id);
