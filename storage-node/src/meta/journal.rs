@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Version of the records' format.
 const FORMAT: u8 = 1;
 /// Pause before the store is asked again after it failed.
-const RETRY_AFTER: Duration = Duration::from_millis(50);
+pub(super) const RETRY_AFTER: Duration = Duration::from_millis(50);
 
 /// Proof of ownership: the owner's key as this owner made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +33,21 @@ impl Fence {
     pub async fn holds(&self, store: &dyn MetaStore) -> bool {
         let found = insist(|| store.get(&self.key)).await;
         found.is_some_and(|kv| kv.create_revision == self.create_revision)
+    }
+}
+
+impl Fence {
+    /// Gives the ownership up, asked until there is an answer: while this node lives its lease
+    /// does, and a key left behind would keep all others from the shard.
+    pub async fn release(&self, store: &dyn MetaStore) {
+        let txn = Txn {
+            conditions: vec![self.condition()],
+            then: vec![Op::Delete(self.key.clone())],
+        };
+        while let Err(error) = store.txn(txn.clone()).await {
+            tracing::warn!(%error, "ownership is not given up yet");
+            tokio::time::sleep(RETRY_AFTER * 2).await;
+        }
     }
 }
 

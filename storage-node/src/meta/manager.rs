@@ -4,7 +4,6 @@
 mod destroy;
 mod placement;
 
-use super::journal::Fence;
 use super::namespace::Limits;
 use super::owner::{ClaimError, OwnerContext, Shard, claim, guarded};
 use super::service::Shards;
@@ -14,17 +13,21 @@ use lazarette_types::VolumeId;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 /// Each rank waits so much longer than the one before it.
 const RANK_DELAY: Duration = Duration::from_millis(300);
 /// After a claim whose shard could not be recovered.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
-/// How often usage is reported, if it changed, and ended shards are noticed at the latest.
+/// Shards recovered at a time. Those that have to wait so long may well go to another node.
+const MAX_RECOVERIES: usize = 8;
+/// How often usage is reported, if it changed.
 const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// How long it takes at most to notice a shard that has ended by itself.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often one shard may move from this node to one with fewer.
 const BALANCE_EVERY: Duration = Duration::from_secs(15);
 
@@ -38,6 +41,9 @@ pub struct Manager {
     /// Volumes that a task is claiming or giving up.
     busy: HashMap<VolumeId, AbortHandle>,
     tasks: JoinSet<()>,
+    /// Since when volumes are without owner.
+    ownerless: HashMap<VolumeId, Instant>,
+    recoveries: Arc<Semaphore>,
     /// What each volume's limits were set to.
     limits: HashMap<VolumeId, Limits>,
     balance_every: Duration,
@@ -52,6 +58,8 @@ impl Manager {
             view,
             busy: HashMap::new(),
             tasks: JoinSet::new(),
+            ownerless: HashMap::new(),
+            recoveries: Arc::new(Semaphore::new(MAX_RECOVERIES)),
             limits: HashMap::new(),
             balance_every: BALANCE_EVERY,
         }
@@ -67,14 +75,13 @@ impl Manager {
     pub async fn run(mut self, shutdown: CancellationToken) {
         let reports = tokio::spawn(report_usage(self.context.clone(), Arc::clone(&self.shards)));
         let lease = self.context.lease.clone();
-        let mut tick = tokio::time::interval(REPORT_EVERY / 4);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut balance = tokio::time::interval(self.balance_every);
         balance.set_missed_tick_behavior(MissedTickBehavior::Delay);
         balance.reset();
         loop {
-            self.look();
+            let due = self.look();
             tokio::select! {
+                () = tokio::time::sleep_until(due) => {}
                 () = shutdown.cancelled() => break,
                 () = lease.ended() => break,
                 changed = self.view.changed() => {
@@ -85,7 +92,6 @@ impl Manager {
                 Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.busy.retain(|_, task| !task.is_finished());
                 }
-                _ = tick.tick() => {}
                 _ = balance.tick() => self.give_one_up(),
             }
         }
@@ -94,8 +100,9 @@ impl Manager {
         self.shards.resign_all().await;
     }
 
-    /// Compares what is with what should be, and starts what is missing.
-    fn look(&mut self) {
+    /// Compares what is with what should be, and starts what is missing. Returns when to look
+    /// again at the latest.
+    fn look(&mut self) -> Instant {
         let view = Arc::clone(&self.view.borrow_and_update());
         for shard in self.shards.all() {
             let volume = shard.volume();
@@ -128,24 +135,30 @@ impl Manager {
                 }
             }
         }
-        for (volume, ranks) in placement::plan(&view) {
+        let now = Instant::now();
+        let mut next = now + LOOK_EVERY;
+        let plan = placement::plan(&view);
+        self.ownerless
+            .retain(|volume, _| !view.owners.contains_key(volume) && view.volumes.contains_key(volume));
+        for (volume, ranks) in plan {
+            let since = *self.ownerless.entry(volume).or_insert(now);
             let Some(rank) = ranks.iter().position(|node| *node == self.context.node) else {
                 continue;
             };
             if self.busy.contains_key(&volume) || self.shards.get(volume).is_some() {
                 continue;
             }
+            let due = since + RANK_DELAY * rank as u32;
+            if due > now {
+                next = next.min(due);
+                continue;
+            }
             self.limits.remove(&volume);
-            let delay = RANK_DELAY * rank as u32;
-            let take = take(
-                self.context.clone(),
-                Arc::clone(&self.shards),
-                self.view.clone(),
-                volume,
-                delay,
-            );
-            self.start(volume, take);
+            let (context, shards) = (self.context.clone(), Arc::clone(&self.shards));
+            let recoveries = Arc::clone(&self.recoveries);
+            self.start(volume, take(context, shards, self.view.clone(), recoveries, volume));
         }
+        next
     }
 
     fn start(&mut self, volume: VolumeId, task: impl Future<Output = ()> + Send + 'static) {
@@ -181,18 +194,24 @@ fn limits_of(record: &VolumeRecord) -> Limits {
     }
 }
 
-/// Claims a volume after `delay`, unless somebody else does, and serves it or drops it.
-async fn take(context: OwnerContext, shards: Arc<Shards>, mut view: View, volume: VolumeId, delay: Duration) {
-    let owned = |view: &Arc<ClusterView>| view.owners.contains_key(&volume) || !view.volumes.contains_key(&volume);
-    tokio::select! {
-        () = tokio::time::sleep(delay) => {}
-        _ = view.wait_for(owned) => return,
+/// Claims a volume and serves it, or drops it if it is deleted.
+async fn take(
+    context: OwnerContext,
+    shards: Arc<Shards>,
+    mut view: View,
+    recoveries: Arc<Semaphore>,
+    volume: VolumeId,
+) {
+    let settled = |view: &Arc<ClusterView>| view.owners.contains_key(&volume) || !view.volumes.contains_key(&volume);
+    let Ok(turn) = recoveries.acquire().await else { return };
+    if settled(&view.borrow()) {
+        return;
     }
     let won = match claim(&context, volume).await {
         Ok(won) => won,
         Err(ClaimError::Taken | ClaimError::NoVolume) => {
             // The view is about to show it.
-            let _ = tokio::time::timeout(RANK_DELAY, view.wait_for(owned)).await;
+            let _ = tokio::time::timeout(RANK_DELAY, view.wait_for(settled)).await;
             return;
         }
         Err(error) => {
@@ -212,20 +231,14 @@ async fn take(context: OwnerContext, shards: Arc<Shards>, mut view: View, volume
                 }
                 Err(error) => {
                     tracing::error!(%volume, %error, "shard cannot be recovered");
-                    give_back(&context, &fence).await;
+                    fence.release(&*context.store).await;
+                    drop(turn);
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }
         }
         Some(record) => destroy::destroy(&context, &fence, &record).await,
-        None => give_back(&context, &fence).await,
-    }
-}
-
-async fn give_back(context: &OwnerContext, fence: &Fence) {
-    let txn = guarded(fence, [], vec![Op::Delete(fence.key.clone())]);
-    if let Err(error) = context.store.txn(txn).await {
-        tracing::warn!(%error, "ownership is not given up; it ends with the lease");
+        None => fence.release(&*context.store).await,
     }
 }
 

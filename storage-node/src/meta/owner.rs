@@ -217,13 +217,7 @@ impl Shard {
     /// Stops serving and gives the ownership up, so that another node can claim the shard.
     pub async fn resign(&self) {
         self.stop().await;
-        let txn = Txn {
-            conditions: vec![self.fence.condition()],
-            then: vec![Op::Delete(self.fence.key.clone())],
-        };
-        if let Err(error) = self.store.txn(txn).await {
-            tracing::warn!(volume = %self.volume, %error, "ownership is not given up; it ends with the lease");
-        }
+        self.fence.release(&*self.store).await;
     }
 
     /// Resolves when the shard is not served any more.

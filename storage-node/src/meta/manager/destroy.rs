@@ -11,6 +11,11 @@ const STEP: usize = 256;
 /// Drops all keys of a volume that is being deleted: the shard's, then the volume's, and at last
 /// the ownership. Whoever comes next goes on where this one stopped.
 pub(super) async fn destroy(context: &OwnerContext, fence: &Fence, record: &VolumeRecord) {
+    drop_keys(context, fence, record).await;
+    fence.release(&*context.store).await;
+}
+
+async fn drop_keys(context: &OwnerContext, fence: &Fence, record: &VolumeRecord) {
     let keys = &context.keys;
     let shard = keys.shard(record.id);
     let volume_key = keys.volume(record.id);

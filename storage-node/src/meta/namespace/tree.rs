@@ -94,7 +94,7 @@ impl Namespace {
             return Err(Fault::new(ErrorCode::TooManyLinks, "too many directories in one"));
         }
         let ino = self.next_inode()?;
-        let mut mode = op.mode & 0o7777;
+        let mut mode = if kind == Kind::Symlink { 0o777 } else { op.mode & 0o7777 };
         let mut gid = op.gid;
         if parent_mode & 0o2000 != 0 {
             gid = parent_gid;

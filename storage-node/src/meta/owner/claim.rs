@@ -107,15 +107,26 @@ pub async fn claim(context: &OwnerContext, volume: VolumeId) -> Result<Claim, Cl
             Op::put(config_key, encode(&after)),
         ],
     };
-    let revision = match store.txn(txn).await {
-        Ok(outcome) if outcome.succeeded => outcome.revision,
-        Ok(_) => return Err(ClaimError::Taken),
-        // The epoch was never used before, so this owner record is this claim's.
-        Err(StoreError::Ambiguous(_)) => match store.get(&owner_key).await? {
-            Some(kv) if kv.value == owner => kv.create_revision,
-            _ => return Err(ClaimError::Taken),
-        },
-        Err(error) => return Err(error.into()),
+    let mut ambiguous = false;
+    let revision = loop {
+        match store.txn(txn.clone()).await {
+            Ok(outcome) if outcome.succeeded => break outcome.revision,
+            Ok(_) if ambiguous => {
+                // The epoch was never used before, so this owner record is this claim's, made by
+                // an earlier try.
+                match journal::insist(|| store.get(&owner_key)).await {
+                    Some(kv) if kv.value == owner => break kv.create_revision,
+                    _ => return Err(ClaimError::Taken),
+                }
+            }
+            Ok(_) => return Err(ClaimError::Taken),
+            // It may still be made. This must be known: an ownership that nobody serves would
+            // last as long as the node. Trying again makes it or shows that it was made.
+            Err(StoreError::Ambiguous(_)) => ambiguous = true,
+            Err(StoreError::Unavailable(_)) if ambiguous => {}
+            Err(error) => return Err(error.into()),
+        }
+        tokio::time::sleep(journal::RETRY_AFTER).await;
     };
     Ok(Claim {
         volume,

@@ -744,3 +744,30 @@ async fn a_late_write_of_pages_changes_nothing() {
     assert!(!store.make_kept().await.succeeded);
     assert_eq!(pages.load().await.unwrap(), [(1, b"new".to_vec())]);
 }
+
+/// A claim that was made without an answer, or late, is known to be made: otherwise the node
+/// would keep all others from a shard that it does not serve.
+#[tokio::test]
+async fn a_claim_without_an_answer_is_still_a_claim() {
+    let store = Arc::new(FlakyStore::new(5));
+    let rig = Rig::new(Arc::clone(&store) as Arc<dyn MetaStore>, "c").await;
+    let a = rig.node("a").await;
+    store.set_failing(true);
+    for epoch in 1..12 {
+        let won = loop {
+            match claim(&a, VOLUME).await {
+                Ok(won) => break won,
+                Err(ClaimError::Store(_)) => {}
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(won.fence.epoch, epoch);
+        let owner = loop {
+            if let Ok(owner) = rig.store.get(&won.fence.key).await {
+                break owner.unwrap();
+            }
+        };
+        assert_eq!(owner.create_revision, won.fence.create_revision);
+        won.fence.release(&*rig.store).await;
+    }
+}
