@@ -44,6 +44,14 @@ pub enum ApplyError {
         /// The object's name.
         name: String,
     },
+    /// The object is on its way out.
+    #[error("{kind} {name} of a StorageCluster that was deleted is still there: it is being removed")]
+    Leftover {
+        /// The object's kind.
+        kind: String,
+        /// The object's name.
+        name: String,
+    },
 }
 
 /// What the API server made of the StatefulSets.
@@ -102,9 +110,13 @@ async fn apply_all<K: Owned>(client: &Client, cluster: &ValidCluster, objects: &
         let found = api.get_metadata_opt(&name).await;
         let found = found.map_err(|source| error::<K>("read", name.clone(), source))?;
         // To apply would make it ours, and later delete it with the cluster.
-        if found.is_some_and(|object| !is_ours(&object.metadata, cluster)) {
+        if let Some(found) = found.filter(|object| !is_ours(&object.metadata, cluster)) {
             let kind = K::kind(&()).into_owned();
-            return Err(ApplyError::Foreign { kind, name });
+            return Err(if is_leftover(&found.metadata, cluster) {
+                ApplyError::Leftover { kind, name }
+            } else {
+                ApplyError::Foreign { kind, name }
+            });
         }
         let result = api.patch(&name, &parameters, &Patch::Apply(object)).await;
         applied.push(result.map_err(|source| error::<K>("apply", name, source))?);
@@ -115,6 +127,12 @@ async fn apply_all<K: Owned>(client: &Client, cluster: &ValidCluster, objects: &
 fn is_ours(metadata: &ObjectMeta, cluster: &ValidCluster) -> bool {
     let mut owners = metadata.owner_references.iter().flatten();
     owners.any(|owner| owner.uid == cluster.uid)
+}
+
+/// Whether it is of a storage cluster of the same name, before ours; the garbage collector removes it.
+fn is_leftover(metadata: &ObjectMeta, cluster: &ValidCluster) -> bool {
+    let mut owners = metadata.owner_references.iter().flatten();
+    owners.any(|owner| owner.kind == cluster.owner.kind && owner.name == cluster.name)
 }
 
 /// A PersistentVolume is written once: from then on it belongs to Kubernetes' volume controller.

@@ -208,7 +208,7 @@ async fn observe(
         .list(&ListParams::default().labels(&selector))
         .await
         .map_err(ReconcileError::at("read the pods"))?;
-    seen.pod_problems = pod_problems(&pods.items);
+    seen.pod_problems = pod_problems(&pods.items, Timestamp::now());
     seen.view = storage::status(&context.storage_address(cluster))
         .await
         .map_err(|error| error.to_string());

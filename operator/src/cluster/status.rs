@@ -293,8 +293,12 @@ fn paused(cluster: &StorageCluster) -> Finding {
     }
 }
 
+/// A pod may be unschedulable for so long, in seconds, without being a problem: claims are bound
+/// after pods are made.
+const SCHEDULING: i64 = 15;
+
 /// What keeps pods from running, as far as Kubernetes tells.
-pub(super) fn pod_problems(pods: &[Pod]) -> Vec<Unsatisfied> {
+pub(super) fn pod_problems(pods: &[Pod], now: Timestamp) -> Vec<Unsatisfied> {
     const SERIOUS: [(&str, &str); 8] = [
         ("CrashLoopBackOff", "PodsCrashing"),
         ("ImagePullBackOff", "ImageNotPulled"),
@@ -309,10 +313,13 @@ pub(super) fn pod_problems(pods: &[Pod]) -> Vec<Unsatisfied> {
     for pod in pods {
         let Some(status) = &pod.status else { continue };
         let name = pod.name_any();
+        let created = pod.metadata.creation_timestamp.as_ref();
+        let is_new = created.is_some_and(|time| now.as_second() - time.0.as_second() < SCHEDULING);
         let unscheduled = status.conditions.iter().flatten().find(|condition| {
             condition.type_ == "PodScheduled"
                 && condition.status == "False"
                 && condition.reason.as_deref() == Some("Unschedulable")
+                && !is_new
         });
         if let Some(condition) = unscheduled {
             problems.push(Unsatisfied {

@@ -154,6 +154,20 @@ async fn objects_of_others_are_left_alone() {
     let service = services.get("demo-etcd").await.unwrap();
     assert!(service.metadata.owner_references.is_none());
 
+    // Of a cluster of the same name that was deleted before.
+    let owner = json!({"metadata": {"ownerReferences": [{
+        "apiVersion": "lazarette.io/v1alpha1", "kind": "StorageCluster", "name": "demo", "uid": "before",
+    }]}});
+    services
+        .patch("demo-etcd", &PatchParams::default(), &Patch::Merge(owner))
+        .await
+        .unwrap();
+    let error = world.reconcile(&context, "demo").await.unwrap_err();
+    assert!(
+        error.contains("Service demo-etcd of a StorageCluster that was deleted"),
+        "{error}"
+    );
+
     services.delete("demo-etcd", &Default::default()).await.unwrap();
     world.reconcile(&context, "demo").await.unwrap();
     let service = services.get("demo-etcd").await.unwrap();

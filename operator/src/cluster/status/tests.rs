@@ -247,7 +247,7 @@ fn paused_and_stopped_are_no_defects() {
 fn pods_that_cannot_run_say_why() {
     let pods: Vec<Pod> = serde_json::from_value(json!([
         {
-            "metadata": {"name": "demo-storage-0"},
+            "metadata": {"name": "demo-storage-0", "creationTimestamp": "1970-01-01T00:01:00Z"},
             "status": {"conditions": [{
                 "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
                 "message": "0/3 nodes are available",
@@ -269,15 +269,20 @@ fn pods_that_cannot_run_say_why() {
         },
     ]))
     .unwrap();
-    let told: Vec<_> = pod_problems(&pods)
-        .into_iter()
-        .map(|problem| format!("{}: {}", problem.reason, problem.message))
-        .collect();
+    let told = |seconds| -> Vec<String> {
+        let problems = pod_problems(&pods, Timestamp::from_second(seconds).unwrap());
+        let lines = problems.into_iter();
+        lines
+            .map(|problem| format!("{}: {}", problem.reason, problem.message))
+            .collect()
+    };
     assert_eq!(
-        told,
+        told(75),
         [
             "PodsNotScheduled: pod demo-storage-0: 0/3 nodes are available",
             "PodsCrashing: pod demo-storage-1: CrashLoopBackOff: back-off 5m0s",
         ]
     );
+    // A moment after its creation a pod may still wait for its claim.
+    assert_eq!(told(74).len(), 1);
 }
