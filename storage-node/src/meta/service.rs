@@ -119,3 +119,32 @@ impl meta_server::Meta for MetaService {
         shard.call(request).await.map(Response::new).map_err(status)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lazarette_proto::code_of;
+    use lazarette_types::ErrorCode;
+    use meta_server::Meta;
+
+    #[tokio::test]
+    async fn a_node_that_does_not_own_the_volume_says_so() {
+        let service = MetaService::new(Arc::default());
+        let call = service.call(Request::new(Operation::default())).await.unwrap_err();
+        let keep = service
+            .keep_alive(Request::new(KeepAliveRequest::default()))
+            .await
+            .unwrap_err();
+        let open = service
+            .open_session(Request::new(OpenSessionRequest::default()))
+            .await
+            .unwrap_err();
+        let close = service
+            .close_session(Request::new(CloseSessionRequest::default()))
+            .await
+            .unwrap_err();
+        for status in [call, keep, open, close] {
+            assert_eq!(code_of(&status), ErrorCode::NotOwner);
+        }
+    }
+}
