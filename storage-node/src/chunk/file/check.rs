@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Why a store could not be checked at all.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +76,7 @@ pub struct CheckReport {
 /// Verifies every byte of the store in a folder against its checksums. Nothing may use the store
 /// meanwhile. Blocks.
 pub fn check(path: &Path) -> Result<CheckReport, CheckError> {
-    let disk = Arc::new(lock(path)?);
+    let disk = Arc::new(lock(path, Duration::ZERO)?);
     check_disk(disk).map_err(|error| match error {
         Refused::Empty => CheckError::Empty(path.display().to_string()),
         Refused::Io(source) => CheckError::Open(OpenError::Io {

@@ -5,6 +5,7 @@ use super::engine::Engine;
 use super::format::{
     FileId, HEADER_BYTES, Header, Key, block_offset, block_sum, blocks, chunk_path, table_offset, volume_dir,
 };
+use super::log::Lsn;
 use super::record::Block;
 use super::state::{Entry, Overlay};
 use crate::chunk::{BLOCK_SIZE, ChunkError};
@@ -31,6 +32,18 @@ impl Engine {
     /// in the log and is tried again next time.
     pub(super) fn checkpoint(&self) -> Result<(), ChunkError> {
         let _one = self.checkpointing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, full) = self.fold()?;
+        self.log.advance(start, self.next_file.load(Ordering::Relaxed))?;
+        self.full.store(full, Ordering::Release);
+        if full {
+            return Err(ChunkError::NoSpace);
+        }
+        Ok(())
+    }
+
+    /// Makes the chunk files hold what the log has; returns where recovery may begin from now on,
+    /// and whether the disk was full.
+    pub(super) fn fold(&self) -> Result<(Lsn, bool), ChunkError> {
         self.poison.check()?;
         // From here on, what lies before `visible` is in the overlays and in `dirty_dirs`.
         let visible = self.log.visible();
@@ -66,19 +79,11 @@ impl Engine {
             return Err(self.poison.set("syncing chunk files", &error));
         }
         drop(open);
-        let start = {
-            let mut state = self.state();
-            for (key, file) in written {
-                state.folded(key, file, visible);
-            }
-            state.recovery_start(visible)
-        };
-        self.log.advance(start, self.next_file.load(Ordering::Relaxed))?;
-        self.full.store(full, Ordering::Release);
-        if full {
-            return Err(ChunkError::NoSpace);
+        let mut state = self.state();
+        for (key, file) in written {
+            state.folded(key, file, visible);
         }
-        Ok(())
+        Ok((state.recovery_start(visible), full))
     }
 
     fn make_durable(&self, many: bool, files: &[Arc<dyn DiskFile>], dirs: &HashSet<String>) -> io::Result<()> {

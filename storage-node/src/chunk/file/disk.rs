@@ -192,9 +192,9 @@ pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Whether an error comes of a shortage in the process or machine, not of the disk.
+/// Whether an error comes of a shortage of descriptors, so says nothing about the disk.
 pub(super) fn is_transient(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    const SHORTAGES: [Errno; 5] = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::INTR, Errno::AGAIN];
-    Errno::from_io_error(error).is_some_and(|errno| SHORTAGES.contains(&errno))
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| errno == Errno::MFILE || errno == Errno::NFILE)
 }

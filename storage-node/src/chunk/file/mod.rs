@@ -46,7 +46,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 /// Calls that change something and are under way at the same time: enough to fill the log's
@@ -56,6 +56,8 @@ const CHANGES_AT_ONCE: usize = 128;
 const READS_AT_ONCE: usize = 32;
 /// How often the log is folded into the files if nothing asks for it earlier.
 const FOLD_INTERVAL: Duration = Duration::from_secs(5);
+/// A killed process keeps its lock until its last write to the disk has ended.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 const LIMITS: Limits = Limits {
     log: 64 << 20,
@@ -135,22 +137,30 @@ impl std::fmt::Debug for FileChunkStore {
     }
 }
 
-fn lock(path: &Path) -> Result<RealDisk, OpenError> {
-    match RealDisk::open(path) {
-        Ok(Some(disk)) => Ok(disk),
-        Ok(None) => Err(OpenError::Locked(path.to_owned())),
-        Err(source) => Err(OpenError::Io {
-            path: path.to_owned(),
-            source,
-        }),
+/// Opens the folder; waits a little for a process that was killed to let go of it.
+fn lock(path: &Path, patience: Duration) -> Result<RealDisk, OpenError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match RealDisk::open(path) {
+            Ok(Some(disk)) => return Ok(disk),
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Ok(None) => return Err(OpenError::Locked(path.to_owned())),
+            Err(source) => {
+                return Err(OpenError::Io {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        }
     }
 }
 
 impl FileChunkStore {
     /// Opens the folder, which must exist, be empty or belong to this cluster and node. Blocks
-    /// while it reads every chunk's header and the log; call it before serving.
+    /// while it reads every chunk's header and the log, and up to 3 s for another process to let go
+    /// of the folder; call it before serving.
     pub fn open(path: &Path, cluster: &str, node: &NodeId) -> Result<Self, OpenError> {
-        let disk = Arc::new(lock(path)?);
+        let disk = Arc::new(lock(path, LOCK_PATIENCE)?);
         let (identity, engine) = prepare(disk, LIMITS, cluster, node).map_err(|e| e.at(path))?;
         let engine = Arc::new(engine);
         engine.background.store(true, Ordering::Release);

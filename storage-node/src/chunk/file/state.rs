@@ -199,6 +199,11 @@ impl State {
                 overlay.cut = true;
                 overlay.truncate(change.length);
             }
+            // Blocks are put into a file only once it durably exists. On recovery, the record that
+            // made the file may still be in the log.
+            if change.blocks.iter().any(|(_, block)| matches!(block, Block::InFile(_))) {
+                overlay.fresh = false;
+            }
             for (index, block) in change.blocks {
                 overlay.put(index, block, lsn);
             }

@@ -108,6 +108,17 @@ fn refuses_what_is_not_this_nodes() {
     ));
 }
 
+#[test]
+fn waits_for_a_process_that_is_ending() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = open(dir.path());
+    let path = dir.path().to_owned();
+    let second = std::thread::spawn(move || open(&path).identity().clone());
+    let identity = first.identity().clone();
+    drop(first);
+    assert_eq!(second.join().unwrap(), identity);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn drops_leave_no_folders_and_damage_is_counted() {
     let dir = tempfile::tempdir().unwrap();

@@ -288,3 +288,26 @@ proptest! {
         run(&ops);
     }
 }
+
+/// A checkpoint may end between making files durable and letting the log forget why.
+#[test]
+fn a_file_made_by_the_log_keeps_what_was_put_into_it_later() {
+    let disk = SimDisk::default();
+    let engine = start(&disk);
+    let mut expected = data(5000, 1).to_vec();
+    engine
+        .apply(key(0), Version::NONE, v(1), write(0, data(5000, 1)))
+        .unwrap();
+    engine.fold().unwrap();
+    // Goes to the file, with only its first block in the log.
+    engine.apply(key(0), v(1), v(2), write(5000, data(40_000, 2))).unwrap();
+    expected.extend_from_slice(&data(40_000, 2));
+    for disk in [disk.after_kill(), disk.after_power_cut(1)] {
+        assert_clean(&disk);
+        let engine = start(&disk);
+        engine.checkpoint().unwrap();
+        drop(engine);
+        let engine = start(&disk.after_power_cut(2));
+        assert!(engine.read(key(0), 0, MAX_CHUNK_LENGTH).unwrap().data == expected);
+    }
+}
