@@ -1,6 +1,7 @@
 use crate::chunk::{Change, ChunkError, ChunkStore, ChunkSummary, Contents, MemoryChunkStore, Usage};
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt;
 use lazarette_metastore::{
     KeyValue, LeaseId, MemoryStore, MetaStore, Revision, StoreError, Txn, TxnOutcome, WatchStream,
 };
@@ -16,7 +17,7 @@ use tokio::sync::watch;
 /// A node's way to the metadata store, which can be cut.
 pub(super) struct CutStore {
     pub(super) inner: MemoryStore,
-    pub(super) cut: AtomicBool,
+    pub(super) cut: Arc<AtomicBool>,
 }
 
 impl CutStore {
@@ -62,7 +63,19 @@ impl MetaStore for CutStore {
 
     async fn watch(&self, prefix: &[u8], from: Revision) -> Result<WatchStream, StoreError> {
         self.check()?;
-        self.inner.watch(prefix, from).await
+        let stream = self.inner.watch(prefix, from).await?;
+        let cut = Arc::clone(&self.cut);
+        // Nothing comes through a cut, not even its end.
+        Ok(Box::pin(stream.then(move |item| {
+            let cut = Arc::clone(&cut);
+            async move {
+                if cut.load(Ordering::Acquire) {
+                    std::future::pending().await
+                } else {
+                    item
+                }
+            }
+        })))
     }
 }
 

@@ -154,7 +154,7 @@ impl Cluster {
     pub(super) async fn start_node(&mut self, i: usize) {
         let store = Arc::new(CutStore {
             inner: self.store.clone(),
-            cut: AtomicBool::new(false),
+            cut: Arc::new(AtomicBool::new(false)),
         });
         let dyn_store: Arc<dyn MetaStore> = store.clone();
         let lease = Lease::acquire(Arc::clone(&dyn_store)).await.unwrap();
@@ -263,9 +263,12 @@ impl Cluster {
         }
         // Ends the renewals; the store is cut off, so the lease itself goes on.
         let _ = killed.lease.resign(&*killed.store).await;
-        for (&(_, to), link) in self.links.iter() {
+        // Connections of the dead process end, with what is on its way in them.
+        for (&(from, to), link) in self.links.iter() {
             if to == i {
                 link.target.send_replace(None);
+            } else if from == i {
+                link.target.send_modify(|_| {});
             }
         }
         killed.lease

@@ -429,3 +429,42 @@ async fn the_debt_to_a_backup_is_bounded() {
     assert_eq!(cluster.converged(set).await.len(), 40);
     assert_eq!(debt.load(Ordering::SeqCst), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_under_way_when_a_member_returns_reach_it() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    for i in 0..30 {
+        client.write(set, chunk(2, i), 0, "before").await.unwrap();
+    }
+    cluster.converged(set).await;
+    cluster.kill(2).await;
+    cluster
+        .until(set, "without node 2", |r| !r.in_sync.contains(&node(2)))
+        .await;
+    // Each of these is under way for a while; the member comes back in the middle, with copies
+    // that are the newest until then.
+    cluster.running(0).chunks.delay.store(1000, Ordering::SeqCst);
+    let mut writes = tokio::task::JoinSet::new();
+    for i in 0..30 {
+        let client = client.clone();
+        writes.spawn(async move { client.write(set, chunk(2, i), 0, "during").await.unwrap() });
+    }
+    let epoch = cluster.record(set).await.epoch;
+    let tenure = cluster.running(0).replicas.leader_of(set, epoch).await.unwrap();
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while tenure.state().waiting.len() < 30 {
+        assert!(tokio::time::Instant::now() < deadline, "writes not begun in time");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    cluster.start_node(2).await;
+    while let Some(done) = writes.join_next().await {
+        done.unwrap();
+    }
+    cluster.running(0).chunks.delay.store(0, Ordering::SeqCst);
+    cluster.whole(set).await;
+    for data in cluster.converged(set).await.values() {
+        assert_eq!(data, "during");
+    }
+}
