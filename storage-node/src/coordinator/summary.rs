@@ -38,3 +38,58 @@ fn running_in_sync(view: &ClusterView, record: &ReplicaSetRecord) -> usize {
         .filter(|node| view.live.contains_key(node))
         .count()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::membership::Versioned;
+    use lazarette_metastore::LivenessRecord;
+    use lazarette_types::{NodeId, ReplicaSetId, ReplicationPolicy};
+
+    #[test]
+    fn sets_are_counted_by_what_runs() {
+        let node = |name: &str| NodeId(name.into());
+        let record = |in_sync: &[&str], recovering| ReplicaSetRecord {
+            id: ReplicaSetId(1),
+            epoch: 1,
+            replication: ReplicationPolicy::default(),
+            members: vec![node("a"), node("b"), node("c")],
+            in_sync: in_sync.iter().map(|name| node(name)).collect(),
+            primary: node(in_sync[0]),
+            recovering,
+            recovery_quorum: 0,
+        };
+        let mut view = ClusterView::default();
+        for name in ["a", "b", "c"] {
+            let live = LivenessRecord {
+                address: name.into(),
+                lease: 1,
+                capacity_bytes: 0,
+                used_bytes: 0,
+            };
+            view.live.insert(node(name), live);
+        }
+        let sets = [
+            record(&["a", "b", "c"], false),
+            record(&["a", "b"], false),
+            record(&["a", "b", "c"], true),
+            record(&["c"], false),
+        ];
+        for (id, record) in (1..).zip(sets) {
+            let mod_revision = 1;
+            view.replica_sets
+                .insert(ReplicaSetId(id), Versioned { record, mod_revision });
+        }
+        let summary = |view: &ClusterView| {
+            let Summary {
+                replica_sets,
+                degraded,
+                unavailable,
+            } = summarize(view);
+            (replica_sets, degraded, unavailable)
+        };
+        assert_eq!(summary(&view), (4, 2, 2));
+        view.live.remove(&node("a"));
+        assert_eq!(summary(&view), (4, 4, 4));
+    }
+}

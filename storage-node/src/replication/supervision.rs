@@ -108,7 +108,8 @@ impl Tenure {
                 .get(node)
                 .is_some_and(|since| p.oldest() > config.eject_dead || since.elapsed() > config.dead_grace);
             // Ejecting a running member must at least let writes go on.
-            let slow = p.oldest() > config.eject_slow && remain > record.replication.ack as usize;
+            let full = p.peer.full.load(Ordering::Relaxed) && p.oldest() > config.eject_dead;
+            let slow = (p.oldest() > config.eject_slow || full) && remain > record.replication.ack as usize;
             if dead || slow || p.standing == Standing::Ejecting {
                 remain -= 1;
                 found.push(node.clone());
@@ -121,7 +122,9 @@ impl Tenure {
     fn give_up_learners(&self, dead_since: &BTreeMap<NodeId, Instant>) {
         for (node, p) in &self.state().peers {
             if matches!(p.standing, Standing::Learner | Standing::Admitting)
-                && (dead_since.contains_key(node) || p.oldest() > self.ctx.config.eject_slow)
+                && (dead_since.contains_key(node)
+                    || p.oldest() > self.ctx.config.eject_slow
+                    || p.peer.full.load(Ordering::Relaxed))
             {
                 p.peer.gone.cancel();
             }

@@ -35,7 +35,8 @@ pub(crate) async fn take_over(
             return None;
         }
         // With a failed disk this node could not recover anything; the process is about to end.
-        if ctx.lease.valid() && ctx.chunks.health().is_ok() {
+        let able = ctx.lease.valid() && ctx.chunks.health().is_ok();
+        if able && enough_run(ctx, &current.record) {
             match attempt(ctx, member, &mut current, since).await {
                 Ok(Some(tenure)) => return Some(tenure),
                 // The record has changed: look at it and go on at once.
@@ -43,7 +44,11 @@ pub(crate) async fn take_over(
                 Err(error) => tracing::warn!(replica_set = %set, %error, "becoming primary failed, trying again"),
             }
         }
-        tokio::time::sleep(pause).await;
+        // Whoever is missing may have come back.
+        let mut view = ctx.view.clone();
+        view.mark_unchanged();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let _ = tokio::time::timeout(pause, view.changed()).await;
         pause = (pause * 2).min(Duration::from_secs(1));
         match ctx.read_record(set).await {
             Ok(Some(found)) => current = found,
@@ -51,6 +56,16 @@ pub(crate) async fn take_over(
             Err(error) => tracing::warn!(replica_set = %set, %error, "configuration cannot be read"),
         }
     }
+}
+
+/// Whether a quorum runs: else an attempt would only raise the epoch.
+fn enough_run(ctx: &Context, record: &ReplicaSetRecord) -> bool {
+    let view = ctx.view.borrow();
+    let running = record
+        .in_sync
+        .iter()
+        .filter(|node| **node == ctx.node || view.live.contains_key(node));
+    running.count() >= quorum(record)
 }
 
 /// One attempt. None: the record was changed by another, `current` is the new one.

@@ -48,6 +48,10 @@ impl Tenure {
         let Some(operation) = self.begin(chunk, change).await? else {
             return Ok(());
         };
+        let _resolved = Resolved {
+            tenure: &self,
+            operation: &operation,
+        };
         let result = self.carry_out(&operation, turn).await;
         self.state().waiting.remove(&operation.version.sequence);
         if result.is_ok() {
@@ -73,7 +77,10 @@ impl Tenure {
                 } else if record.in_sync.len() < record.replication.ack as usize {
                     "fewer members are in sync than must acknowledge"
                 } else if let Some(p) = overdue {
-                    if p.peer.full.load(Ordering::Relaxed) {
+                    // A full disk does not recover soon. If the set can do without the member it
+                    // is about to be ejected.
+                    let needed = record.in_sync.len() <= record.replication.ack as usize;
+                    if p.standing == Standing::InSync && p.peer.full.load(Ordering::Relaxed) && needed {
                         return Err(ChunkError::NoSpace.into());
                     }
                     "a backup is behind"
@@ -304,6 +311,20 @@ impl Tenure {
             .install(member, node, self.epoch(), chunk, present, &contents)
             .await?;
         Ok(contents.data.len() as u64)
+    }
+}
+
+/// A change whose task ended without telling what became of it (a bug) must not be built upon.
+struct Resolved<'a> {
+    tenure: &'a Tenure,
+    operation: &'a Operation,
+}
+
+impl Drop for Resolved<'_> {
+    fn drop(&mut self) {
+        if !self.operation.local_over.is_cancelled() {
+            self.tenure.close("a change ended without a result");
+        }
     }
 }
 

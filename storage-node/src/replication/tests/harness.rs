@@ -19,9 +19,9 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::Status;
 use tonic::transport::Channel;
+use tonic::transport::server::TcpIncoming;
 
 /// Long enough for any machine; reached only by a failure.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
@@ -209,7 +209,7 @@ impl Cluster {
             let _ = tonic::transport::Server::builder()
                 .add_service(chunk_service)
                 .add_service(replica_service)
-                .serve_with_incoming(TcpListenerStream::new(listener))
+                .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
                 .await;
         });
         let coordinator = Coordinator::new(node(i), dyn_store, self.keys.clone(), lease.clone(), view);

@@ -468,3 +468,54 @@ async fn changes_under_way_when_a_member_returns_reach_it() {
         assert_eq!(data, "during");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_full_disk_of_three_stops_nobody() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    cluster.running(1).chunks.full.store(true, Ordering::SeqCst);
+    let mut n = 0;
+    while cluster.record(set).await.in_sync.len() == 3 {
+        client.write(set, chunk(2, n % 50), 0, "fits elsewhere").await.unwrap();
+        n += 1;
+    }
+    client.write(set, chunk(2, 50), 0, "fits elsewhere").await.unwrap();
+    assert_eq!(cluster.record(set).await.in_sync, [node(0), node(2)]);
+    cluster.running(1).chunks.full.store(false, Ordering::SeqCst);
+    cluster.whole(set).await;
+    cluster.converged(set).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_the_death_of_all_two_of_three_are_enough() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let table = cluster.table(3, 2).await;
+    let client = cluster.client();
+    // Only the first two have these.
+    cluster.link(0, 2, LinkState::Paused);
+    for set in &table {
+        client.write(*set, chunk(2, 0), 0, "kept").await.unwrap();
+    }
+    for i in 0..3 {
+        let lease = cluster.kill_quietly(i).await;
+        cluster.store.expire(lease.id());
+    }
+    cluster.link(0, 2, LinkState::Up);
+    let before = cluster.record(table[0]).await;
+    cluster.start_node(2).await;
+    // The one that is there may know nothing, and must not even claim a set.
+    let alone = client.read_once(table[0], chunk(2, 0)).await.unwrap_err();
+    assert!(alone.retryable());
+    assert_eq!(cluster.record(table[0]).await, before);
+    cluster.start_node(1).await;
+    for set in &table {
+        assert_eq!(client.read(*set, chunk(2, 0)).await.unwrap(), "kept");
+        client.write(*set, chunk(2, 1), 0, "goes on").await.unwrap();
+    }
+    cluster.start_node(0).await;
+    for set in &table {
+        cluster.whole(*set).await;
+        cluster.converged(*set).await;
+    }
+}
