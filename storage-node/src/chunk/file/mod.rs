@@ -59,11 +59,14 @@ const FOLD_INTERVAL: Duration = Duration::from_secs(5);
 /// A killed process keeps its lock until its last write to the disk has ended.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
-const LIMITS: Limits = Limits {
-    log: 64 << 20,
-    direct: 64 << 10,
-    headroom: 32 << 20,
-};
+/// Sizes for a disk of this many bytes: small ones must have room for data as well.
+fn limits(capacity: u64) -> Limits {
+    Limits {
+        log: (capacity / 16).clamp(4 << 20, 64 << 20).next_multiple_of(4096),
+        direct: 64 << 10,
+        headroom: (capacity / 64).clamp(1 << 20, 32 << 20),
+    }
+}
 
 /// Why a chunk store cannot be opened. The folder is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +164,8 @@ impl FileChunkStore {
     /// of the folder; call it before serving.
     pub fn open(path: &Path, cluster: &str, node: &NodeId) -> Result<Self, OpenError> {
         let disk = Arc::new(lock(path, LOCK_PATIENCE)?);
-        let (identity, engine) = prepare(disk, LIMITS, cluster, node).map_err(|e| e.at(path))?;
+        let space = disk.space().map_err(|error| PrepareError::Io(error).at(path))?;
+        let (identity, engine) = prepare(disk, limits(space.capacity), cluster, node).map_err(|e| e.at(path))?;
         let engine = Arc::new(engine);
         engine.background.store(true, Ordering::Release);
         let folder = Arc::clone(&engine);

@@ -109,6 +109,14 @@ fn refuses_what_is_not_this_nodes() {
 }
 
 #[test]
+fn small_disks_get_small_logs() {
+    let (small, large) = (limits(100 << 20), limits(1 << 40));
+    assert_eq!((small.log, large.log), ((100 << 20) / 16, 64 << 20));
+    assert!(small.headroom < 2 << 20 && large.headroom == 32 << 20);
+    assert_eq!(limits(0).log % 4096, 0);
+}
+
+#[test]
 fn waits_for_a_process_that_is_ending() {
     let dir = tempfile::tempdir().unwrap();
     let first = open(dir.path());
