@@ -1,10 +1,8 @@
-use crate::chunk::{Change, ChunkError, ChunkStore, ChunkSummary, Contents, MemoryChunkStore, Usage};
+use crate::chunk::{Change, ChunkError, ChunkStore, ChunkSummary, Contents, Usage};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
-use lazarette_metastore::{
-    KeyValue, LeaseId, MemoryStore, MetaStore, Revision, StoreError, Txn, TxnOutcome, WatchStream,
-};
+use lazarette_metastore::{KeyValue, LeaseId, MetaStore, Revision, StoreError, Txn, TxnOutcome, WatchStream};
 use lazarette_types::{ChunkId, ReplicaSetId, Version, VolumeId};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,7 +14,7 @@ use tokio::sync::watch;
 
 /// A node's way to the metadata store, which can be cut.
 pub(super) struct CutStore {
-    pub(super) inner: MemoryStore,
+    pub(super) inner: Arc<dyn MetaStore>,
     pub(super) cut: Arc<AtomicBool>,
 }
 
@@ -81,7 +79,7 @@ impl MetaStore for CutStore {
 
 /// One process's chunk store over a disk that outlives it.
 pub(super) struct FaultyChunks {
-    pub(super) disk: Arc<MemoryChunkStore>,
+    pub(super) disk: Arc<dyn ChunkStore>,
     /// The process was killed: nothing reaches the disk any more.
     pub(super) dead: AtomicBool,
     /// The disk takes no more changes.

@@ -53,10 +53,12 @@ pub(super) fn quick() -> ReplicationConfig {
 }
 
 pub(super) struct Cluster {
-    pub(super) store: MemoryStore,
+    pub(super) store: Arc<dyn MetaStore>,
     pub(super) keys: Keys,
     pub(super) config: ReplicationConfig,
-    pub(super) disks: Vec<Arc<MemoryChunkStore>>,
+    pub(super) disks: Vec<Arc<dyn ChunkStore>>,
+    /// The same, where they are in memory.
+    pub(super) memory: Vec<Arc<MemoryChunkStore>>,
     pub(super) nodes: Vec<Option<Node>>,
     /// From, to.
     pub(super) links: Arc<BTreeMap<(usize, usize), Link>>,
@@ -75,12 +77,28 @@ pub(super) struct Node {
 
 impl Cluster {
     pub(super) async fn start(count: usize, config: ReplicationConfig) -> Self {
+        let memory: Vec<_> = (0..count).map(|_| Arc::new(MemoryChunkStore::new())).collect();
+        let disks = memory
+            .iter()
+            .map(|disk| Arc::clone(disk) as Arc<dyn ChunkStore>)
+            .collect();
+        let mut cluster = Self::start_on(Arc::new(MemoryStore::new()), disks, config).await;
+        cluster.memory = memory;
+        cluster
+    }
+
+    /// On these parts, a node for each disk.
+    pub(super) async fn start_on(
+        store: Arc<dyn MetaStore>,
+        disks: Vec<Arc<dyn ChunkStore>>,
+        config: ReplicationConfig,
+    ) -> Self {
+        let count = disks.len();
         // Shown for failed tests.
         let _ = tracing_subscriber::fmt()
             .with_test_writer()
             .with_env_filter("lazarette_node=debug")
             .try_init();
-        let store = MemoryStore::new();
         let keys = Keys::new("test");
         let mut links = BTreeMap::new();
         for from in 0..count {
@@ -129,7 +147,8 @@ impl Cluster {
             store,
             keys,
             config,
-            disks: (0..count).map(|_| Arc::new(MemoryChunkStore::new())).collect(),
+            disks,
+            memory: Vec::new(),
             nodes: (0..count).map(|_| None).collect(),
             links: Arc::new(links),
             addresses: Arc::default(),
@@ -142,7 +161,7 @@ impl Cluster {
 
     /// Replica sets of this policy; the first is led by node 0.
     pub(super) async fn table(&self, copies: u32, ack: u32) -> Vec<ReplicaSetId> {
-        let table = ensure_table(&self.store, &self.keys, ReplicationPolicy { copies, ack })
+        let table = ensure_table(&*self.store, &self.keys, ReplicationPolicy { copies, ack })
             .await
             .unwrap();
         for set in &table {
@@ -153,7 +172,7 @@ impl Cluster {
 
     pub(super) async fn start_node(&mut self, i: usize) {
         let store = Arc::new(CutStore {
-            inner: self.store.clone(),
+            inner: Arc::clone(&self.store),
             cut: Arc::new(AtomicBool::new(false)),
         });
         let dyn_store: Arc<dyn MetaStore> = store.clone();
@@ -277,7 +296,7 @@ impl Cluster {
     /// Kills a node's process and lets the time pass until its lease has ended.
     pub(super) async fn kill(&mut self, i: usize) {
         let lease = self.kill_quietly(i).await;
-        self.store.expire(lease.id());
+        self.store.revoke(lease.id()).await.unwrap();
     }
 
     pub(super) fn link(&self, from: usize, to: usize, state: LinkState) {
@@ -364,7 +383,7 @@ impl Cluster {
 
     pub(super) fn client(&self) -> Client {
         Client {
-            store: self.store.clone(),
+            store: Arc::clone(&self.store),
             keys: self.keys.clone(),
             addresses: Arc::clone(&self.addresses),
             channels: Arc::default(),
@@ -391,7 +410,7 @@ fn differences(copies: &[Copy]) -> Vec<String> {
 /// retryable, and gives each attempt a limit.
 #[derive(Clone)]
 pub(super) struct Client {
-    store: MemoryStore,
+    store: Arc<dyn MetaStore>,
     keys: Keys,
     addresses: Arc<Mutex<HashMap<NodeId, String>>>,
     channels: Arc<Mutex<HashMap<String, Channel>>>,

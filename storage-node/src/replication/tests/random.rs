@@ -4,8 +4,10 @@
 //! a deletion empties it. An attempt is repeated until it is acknowledged. So at any time the
 //! chunk must show the last acknowledged change or the one under way, and never go back.
 
+use super::etcd::Etcd;
 use super::faults::LinkState;
 use super::harness::{Client, Cluster, DEADLINE, chunk, node, quick};
+use crate::chunk::{ChunkStore, FileChunkStore};
 use bytes::Bytes;
 use lazarette_types::{ChunkId, ReplicaSetId};
 use rand::rngs::StdRng;
@@ -137,9 +139,8 @@ async fn one_fault(cluster: &mut Cluster, random: &mut StdRng) {
     }
 }
 
-async fn survive(seed: u64, rounds: usize, copies: u32, ack: u32) {
+async fn survive(mut cluster: Cluster, seed: u64, rounds: usize, copies: u32, ack: u32) {
     let mut random = StdRng::seed_from_u64(seed);
-    let mut cluster = Cluster::start(3, quick()).await;
     let set = cluster.table(copies, ack).await[0];
     let histories: Vec<_> = (0..4).map(|_| Arc::new(History::default())).collect();
     for round in 0..rounds {
@@ -192,10 +193,25 @@ async fn acknowledged_changes_survive_single_faults() {
             .unwrap_or(otherwise)
     };
     let (seed, rounds) = (number("LAZARETTE_SEED", 1), number("LAZARETTE_ROUNDS", 8));
-    survive(seed, rounds as usize, 3, 2).await;
+    survive(Cluster::start(3, quick()).await, seed, rounds as usize, 3, 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_changes_survive_single_faults_of_full_replication() {
-    survive(7, 4, 3, 3).await;
+    survive(Cluster::start(3, quick()).await, 7, 4, 3, 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acknowledged_changes_survive_single_faults_on_real_disks_and_a_real_etcd() {
+    let etcd = Etcd::start();
+    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let disks = folders
+        .iter()
+        .enumerate()
+        .map(|(i, folder)| {
+            Arc::new(FileChunkStore::open(folder.path(), "test", &node(i)).unwrap()) as Arc<dyn ChunkStore>
+        })
+        .collect();
+    let cluster = Cluster::start_on(etcd.store().await, disks, quick()).await;
+    survive(cluster, 3, 4, 3, 2).await;
 }

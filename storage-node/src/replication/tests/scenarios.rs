@@ -3,7 +3,7 @@ use super::harness::{Cluster, DEADLINE, chunk, node, quick, read_request, write_
 use crate::chunk::MemoryChunkStore;
 use crate::replication::{RepairBacklog, ReplicationConfig};
 use bytes::Bytes;
-use lazarette_metastore::{MetaStore, Op, ReplicaSetRecord, Txn};
+use lazarette_metastore::{Op, ReplicaSetRecord, Txn};
 use lazarette_proto::code_of;
 use lazarette_types::{ErrorCode, ReplicaSetId, VolumeId};
 use std::sync::Arc;
@@ -223,15 +223,15 @@ async fn a_damaged_copy_is_healed_from_another_member() {
     let id = chunk(2, 0);
     client.write(set, id, 0, "precious").await.unwrap();
     cluster.converged(set).await;
-    assert!(cluster.disks[0].damage(set, id));
+    assert!(cluster.memory[0].damage(set, id));
     assert_eq!(client.read(set, id).await.unwrap(), "precious");
     assert_eq!(cluster.running(0).replicas.counters().chunks_healed.get(), 1);
     // Written over while damaged.
-    assert!(cluster.disks[0].damage(set, id));
+    assert!(cluster.memory[0].damage(set, id));
     client.write(set, id, 0, "P").await.unwrap();
     assert_eq!(client.read(set, id).await.unwrap(), "Precious");
     cluster.converged(set).await;
-    for disk in &cluster.disks {
+    for disk in &cluster.memory {
         assert!(disk.damage(set, id));
     }
     assert_eq!(client.read(set, id).await.unwrap_err(), ErrorCode::Corrupt);
@@ -499,7 +499,7 @@ async fn after_the_death_of_all_two_of_three_are_enough() {
     }
     for i in 0..3 {
         let lease = cluster.kill_quietly(i).await;
-        cluster.store.expire(lease.id());
+        cluster.store.revoke(lease.id()).await.unwrap();
     }
     cluster.link(0, 2, LinkState::Up);
     let before = cluster.record(table[0]).await;
