@@ -1,0 +1,699 @@
+//! A connection being served: from mounting or adopting it to its end.
+
+use crate::abi::{self, Capabilities, Opcode};
+use crate::buffer::{Pool, lock};
+use crate::device::{self, Channel};
+use crate::errno::Errno;
+use crate::filesystem::Filesystem;
+use crate::handover::Connection;
+use crate::header::Header;
+use crate::mount::{self, MountError, MountOptions, Unmount};
+use crate::negotiation::{InitRequest, NegotiationError, Parameters, Terms};
+use crate::notify::{self, Notifier, Retrieves};
+use crate::reader::read_requests;
+use crate::request::{DYING_INTERVAL, InFlight, InterruptPolicy, RequestSnapshot};
+use crate::statistics::{Snapshot, Statistics};
+use crate::wake;
+use crate::wire::{Head, Malformed};
+use bytes::Bytes;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+
+/// How a session is served.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What to agree on with the kernel; without effect on a connection that already lives.
+    pub terms: Terms,
+    /// Threads that read requests, each with a descriptor of its own (adopted connections keep
+    /// theirs). Handlers run on them until they first wait: have more for handlers that block.
+    pub readers: usize,
+    /// Requests under way at once, waits for locks not counted; more wait in the kernel.
+    pub max_requests: usize,
+    /// Bytes that data of requests under way may take; more wait in the kernel. While nothing of
+    /// it becomes free the kernel's interrupts wait, too.
+    pub max_memory: usize,
+    /// What interrupts do.
+    pub interrupts: InterruptPolicy,
+    /// Measure the time to each answer.
+    pub histograms: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(2, usize::from);
+        Self {
+            terms: Terms::default(),
+            readers: cpus.clamp(2, 8),
+            max_requests: 4096,
+            max_memory: 64 << 20,
+            interrupts: InterruptPolicy::default(),
+            histograms: false,
+        }
+    }
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The file system was unmounted.
+    Unmounted,
+    /// The connection was aborted: by an administrator, or because a request timed out.
+    Aborted,
+    /// Another process serves it, or will: [`Session::leave`].
+    Left,
+    /// The device failed.
+    Failed(Errno),
+}
+
+/// Why a session does not come about or an operation on it is not possible.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// It could not be mounted or unmounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Kernel and file system do not agree.
+    #[error(transparent)]
+    Negotiation(#[from] NegotiationError),
+    /// A message was not what the protocol says.
+    #[error("the kernel sent a malformed message: {0}")]
+    Malformed(#[from] Malformed),
+    /// The system refused something.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A descriptor that is not of a FUSE connection.
+    #[error("descriptor {0} of the connection is not one of /dev/fuse")]
+    NotFuse(usize),
+    /// A connection without descriptors.
+    #[error("the connection has no descriptors")]
+    NoDescriptors,
+    /// The session has ended.
+    #[error("the session has ended")]
+    Ended,
+    /// The session is not paused, or not serving.
+    #[error("the session is {0}")]
+    Phase(&'static str),
+    /// Where it is mounted is not known.
+    #[error("the mount point is not known")]
+    NoMountpoint,
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SessionError {
+    move |source| SessionError::Io { what, source }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    Changing,
+    Paused,
+    Ended,
+}
+
+/// A thread that reads requests.
+struct Reader {
+    thread: JoinHandle<()>,
+    /// It is in a read, or about to be.
+    blocked: Arc<AtomicBool>,
+}
+
+/// A session but for its file system.
+pub(crate) struct Shared {
+    pub(crate) parameters: Parameters,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) in_flight: InFlight,
+    pub(crate) statistics: Statistics,
+    pub(crate) runtime: Handle,
+    channels: Vec<Arc<Channel>>,
+    mountpoint: Option<PathBuf>,
+    notifier: Notifier,
+    retrieves: Arc<Retrieves>,
+    max_requests: usize,
+    readers: usize,
+    threads: Mutex<Vec<Reader>>,
+    /// Requests under way, and those of them that count against the limit.
+    requests: AtomicUsize,
+    limited: AtomicUsize,
+    admission: Mutex<()>,
+    admitted: Condvar,
+    stopping: AtomicBool,
+    draining: AtomicBool,
+    /// Somebody is to send requests again that were dropped without an answer.
+    owes_resend: AtomicBool,
+    drained: Notify,
+    watching: AtomicBool,
+    phase: Mutex<Phase>,
+    reading: watch::Sender<usize>,
+    end: watch::Sender<Option<End>>,
+}
+
+impl Shared {
+    /// Waits until another request may be read; false once the session stops.
+    pub(crate) fn admit(&self) -> bool {
+        if self.limited.load(Ordering::SeqCst) >= self.max_requests {
+            let mut guard = lock(&self.admission);
+            while self.limited.load(Ordering::SeqCst) >= self.max_requests && !self.stopping.load(Ordering::SeqCst) {
+                guard = self.admitted.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        !self.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn entered(&self, opcode: Opcode) {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        if opcode != Opcode::Setlkw {
+            self.limited.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    pub(crate) fn left(&self, opcode: Opcode) {
+        if opcode != Opcode::Setlkw && self.limited.fetch_sub(1, Ordering::SeqCst) >= self.max_requests {
+            drop(lock(&self.admission));
+            self.admitted.notify_all();
+        }
+        if self.requests.fetch_sub(1, Ordering::SeqCst) == 1 && self.draining.load(Ordering::SeqCst) {
+            self.drained.notify_waiters();
+        }
+    }
+
+    pub(crate) fn note_abandoned(&self) {
+        self.owes_resend.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn retrieved(&self, number: u64, body: Bytes) {
+        self.retrieves.answer(number, body);
+    }
+
+    /// Looks after interrupted requests whose callers were alive, as long as there are any.
+    pub(crate) fn watch_interrupted(self: &Arc<Self>) {
+        if self.watching.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let shared = self.clone();
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(DYING_INTERVAL).await;
+                if shared.in_flight.cancel_dying() {
+                    continue;
+                }
+                shared.watching.store(false, Ordering::SeqCst);
+                // One may have come after the look and before the store.
+                if !shared.in_flight.cancel_dying() || shared.watching.swap(true, Ordering::SeqCst) {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn set_stopping(&self, stopping: bool) {
+        self.stopping.store(stopping, Ordering::SeqCst);
+        self.pool.set_stopping(stopping);
+        drop(lock(&self.admission));
+        self.admitted.notify_all();
+    }
+
+    /// Drops handlers that are not beyond their point of no return.
+    fn abandon_all(&self) {
+        for active in self.in_flight.all() {
+            if active.abandon() {
+                self.note_abandoned();
+            }
+        }
+    }
+
+    fn finish(&self, end: End) {
+        *lock(&self.phase) = Phase::Ended;
+        self.end.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(end);
+            }
+            first
+        });
+    }
+}
+
+/// A session with its file system.
+pub(crate) struct Core<F> {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) filesystem: F,
+}
+
+/// A connection that is served. Clones are handles to the same session; dropping them does not end
+/// it.
+pub struct Session<F> {
+    core: Arc<Core<F>>,
+}
+
+impl<F> Clone for Session<F> {
+    fn clone(&self) -> Self {
+        Self {
+            core: self.core.clone(),
+        }
+    }
+}
+
+/// What a pause left over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained {
+    /// Requests that were dropped without an answer; whoever serves next has to have them sent
+    /// again.
+    pub unanswered: bool,
+}
+
+impl<F: Filesystem> Session<F> {
+    /// Mounts a file system and serves it. Needs a tokio runtime with time enabled, in which
+    /// handlers run once they wait.
+    pub async fn mount(
+        filesystem: F,
+        mountpoint: impl Into<PathBuf>,
+        options: MountOptions,
+        config: Config,
+    ) -> Result<Self, SessionError> {
+        let mountpoint = mountpoint.into();
+        let place = mountpoint.clone();
+        let device = blocking(move || mount::mount(&place, &options).map_err(SessionError::from)).await?;
+        let started = Self::start(filesystem, device, Some(mountpoint.clone()), config).await;
+        if started.is_err() {
+            // Nobody will answer: leave no dead mount behind.
+            let _ = blocking(move || mount::unmount(&mountpoint, Unmount::Detach).map_err(SessionError::from)).await;
+        }
+        started
+    }
+
+    /// Serves a connection that was mounted just now by somebody else and whose first request is
+    /// INIT.
+    pub async fn start(
+        filesystem: F,
+        device: OwnedFd,
+        mountpoint: Option<PathBuf>,
+        config: Config,
+    ) -> Result<Self, SessionError> {
+        let terms = config.terms.clone();
+        let readers = config.readers.max(1);
+        let connection = blocking(move || {
+            check_device(0, &device)?;
+            let channel = Channel::new(device.try_clone().map_err(io_error("cannot duplicate a descriptor"))?)
+                .map_err(io_error("cannot use the connection"))?;
+            let parameters = handshake(&channel, &terms)?;
+            let mut descriptors = vec![device];
+            for _ in 1..readers {
+                let clone = device::clone(descriptors[0].as_fd()).map_err(io_error("cannot clone the connection"))?;
+                descriptors.push(clone);
+            }
+            Ok(Connection {
+                parameters,
+                descriptors,
+                mountpoint,
+            })
+        })
+        .await?;
+        Self::serve(filesystem, connection, config)
+    }
+
+    /// Serves a connection that already lives: another process served it, and it paused or died.
+    /// With `resend` the kernel sends again what that one did not answer; those requests say so
+    /// ([`crate::Request::is_resend`]). Nobody else may read from the connection.
+    pub async fn adopt(
+        filesystem: F,
+        connection: Connection,
+        config: Config,
+        resend: bool,
+    ) -> Result<Self, SessionError> {
+        for (index, descriptor) in connection.descriptors.iter().enumerate() {
+            check_device(index, descriptor)?;
+        }
+        if resend {
+            let first = connection.descriptors.first().ok_or(SessionError::NoDescriptors)?;
+            let first = first.try_clone().map_err(io_error("cannot duplicate a descriptor"))?;
+            let channel = Channel::new(first).map_err(io_error("cannot use the connection"))?;
+            blocking(move || {
+                notify::resend(&channel).map_err(|error| io_error("cannot have requests sent again")(error.into()))
+            })
+            .await?;
+        }
+        Self::serve(filesystem, connection, config)
+    }
+
+    fn serve(filesystem: F, connection: Connection, config: Config) -> Result<Self, SessionError> {
+        let channels = connection
+            .descriptors
+            .into_iter()
+            .map(|descriptor| Channel::new(descriptor).map(Arc::new));
+        let channels: Vec<_> = channels
+            .collect::<io::Result<_>>()
+            .map_err(io_error("cannot use the connection"))?;
+        let first = channels.first().ok_or(SessionError::NoDescriptors)?.clone();
+        let parameters = connection.parameters;
+        let (notifier, retrieves) =
+            Notifier::start(first, parameters).map_err(io_error("cannot start a thread for notifications"))?;
+        let readers = config.readers.max(channels.len());
+        let shared = Arc::new(Shared {
+            parameters,
+            pool: Pool::new(parameters.max_write as usize, readers + 4, config.max_memory),
+            in_flight: InFlight::new(config.interrupts),
+            statistics: Statistics::new(config.histograms),
+            runtime: Handle::current(),
+            channels,
+            mountpoint: connection.mountpoint,
+            notifier,
+            retrieves,
+            max_requests: config.max_requests.max(1),
+            readers,
+            threads: Mutex::default(),
+            requests: AtomicUsize::new(0),
+            limited: AtomicUsize::new(0),
+            admission: Mutex::new(()),
+            admitted: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            owes_resend: AtomicBool::new(false),
+            drained: Notify::new(),
+            watching: AtomicBool::new(false),
+            phase: Mutex::new(Phase::Serving),
+            reading: watch::Sender::new(0),
+            end: watch::Sender::new(None),
+        });
+        let session = Self {
+            core: Arc::new(Core { shared, filesystem }),
+        };
+        session.start_readers()?;
+        Ok(session)
+    }
+
+    fn start_readers(&self) -> Result<(), SessionError> {
+        let shared = &self.core.shared;
+        if !wake::prepare() {
+            tracing::warn!("SIGURG has a handler with SA_RESTART: pauses wait for the next request");
+        }
+        for index in 0..shared.readers {
+            let core = self.core.clone();
+            let channel = shared.channels[index % shared.channels.len()].clone();
+            shared.reading.send_modify(|count| *count += 1);
+            let blocked = Arc::<AtomicBool>::default();
+            let flag = blocked.clone();
+            let started = std::thread::Builder::new()
+                .name(format!("fuse-{index}"))
+                .spawn(move || {
+                    wake::accept();
+                    let read = catch_unwind(AssertUnwindSafe(|| read_requests(&core, &channel, &flag)));
+                    let shared = &core.shared;
+                    let end = read.unwrap_or_else(|_| {
+                        tracing::error!("a thread that reads requests panicked");
+                        Some(End::Failed(Errno::EIO))
+                    });
+                    if let Some(end) = end {
+                        shared.set_stopping(true);
+                        // What is under way has nobody to answer to.
+                        shared.abandon_all();
+                        shared.finish(end);
+                    }
+                    shared.reading.send_modify(|count| *count -= 1);
+                });
+            match started {
+                Ok(thread) => lock(&shared.threads).push(Reader { thread, blocked }),
+                Err(source) => {
+                    shared.reading.send_modify(|count| *count -= 1);
+                    if index == 0 {
+                        return Err(SessionError::Io {
+                            what: "cannot start a thread for requests",
+                            source,
+                        });
+                    }
+                    tracing::warn!(error = %source, index, "fewer threads read requests than wanted");
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The file system.
+    pub fn filesystem(&self) -> &F {
+        &self.core.filesystem
+    }
+
+    /// What was agreed on with the kernel.
+    pub fn parameters(&self) -> &Parameters {
+        &self.core.shared.parameters
+    }
+
+    /// Where it is mounted, if known.
+    pub fn mountpoint(&self) -> Option<&Path> {
+        self.core.shared.mountpoint.as_deref()
+    }
+
+    /// Tells the kernel what has changed.
+    pub fn notifier(&self) -> Notifier {
+        self.core.shared.notifier.clone()
+    }
+
+    /// Counters.
+    pub fn statistics(&self) -> Snapshot {
+        self.core.shared.statistics.snapshot()
+    }
+
+    /// Requests under way, the oldest first.
+    pub fn in_flight(&self) -> Vec<RequestSnapshot> {
+        let mut requests: Vec<_> = self
+            .core
+            .shared
+            .in_flight
+            .all()
+            .iter()
+            .map(|active| RequestSnapshot::of(active))
+            .collect();
+        requests.sort_by_key(|request| std::cmp::Reverse(request.age));
+        requests
+    }
+
+    /// The connection, for another process to hold or to serve.
+    pub fn connection(&self) -> Result<Connection, SessionError> {
+        let shared = &self.core.shared;
+        let descriptors = shared
+            .channels
+            .iter()
+            .map(|channel| channel.as_fd().try_clone_to_owned());
+        Ok(Connection {
+            parameters: shared.parameters,
+            descriptors: descriptors
+                .collect::<io::Result<_>>()
+                .map_err(io_error("cannot duplicate a descriptor"))?,
+            mountpoint: shared.mountpoint.clone(),
+        })
+    }
+
+    /// Resolves when the session has ended, and says why.
+    pub async fn ended(&self) -> End {
+        let mut end = self.core.shared.end.subscribe();
+        match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(end)) => end,
+            // The sender lives in this session.
+            _ => End::Failed(Errno::EIO),
+        }
+    }
+
+    fn change(&self, from: Phase, to: Phase) -> Result<(), SessionError> {
+        let mut phase = lock(&self.core.shared.phase);
+        match *phase {
+            Phase::Ended => Err(SessionError::Ended),
+            now if now != from => Err(SessionError::Phase(match now {
+                Phase::Serving => "serving",
+                Phase::Paused => "paused",
+                _ => "being paused",
+            })),
+            _ => {
+                *phase = to;
+                Ok(())
+            }
+        }
+    }
+
+    /// Stops reading requests and waits for those under way. After `patience` the ones that are not
+    /// beyond their point of no return (waits for locks, mostly) are dropped without an answer; the
+    /// others are waited for. The kernel keeps new requests until somebody serves again.
+    ///
+    /// If the future is dropped the session stays as it is then: call again or [`Session::resume`].
+    pub async fn pause(&self, patience: Duration) -> Result<Drained, SessionError> {
+        let shared = &self.core.shared;
+        self.change(Phase::Serving, Phase::Changing)?;
+        shared.set_stopping(true);
+        let guard = Changing { shared };
+        self.stop_readers().await;
+        shared.draining.store(true, Ordering::SeqCst);
+        if tokio::time::timeout(patience, self.drained()).await.is_err() {
+            shared.abandon_all();
+            self.drained().await;
+        }
+        drop(guard);
+        if shared.end.borrow().is_some() {
+            return Err(SessionError::Ended);
+        }
+        Ok(Drained {
+            unanswered: shared.owes_resend.load(Ordering::SeqCst),
+        })
+    }
+
+    async fn drained(&self) {
+        let shared = &self.core.shared;
+        loop {
+            let notified = shared.drained.notified();
+            if shared.requests.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    async fn stop_readers(&self) {
+        let shared = &self.core.shared;
+        let mut reading = shared.reading.subscribe();
+        let mut patience = Duration::from_millis(1);
+        while *reading.borrow_and_update() > 0 {
+            // A signal may come just before the read that it is to end: send them until all are out.
+            for reader in lock(&shared.threads).iter() {
+                if reader.blocked.load(Ordering::SeqCst) {
+                    wake::wake(&reader.thread);
+                }
+            }
+            let _ = tokio::time::timeout(patience, reading.wait_for(|count| *count == 0)).await;
+            patience = (patience * 2).min(Duration::from_millis(20));
+        }
+        lock(&shared.threads).clear();
+    }
+
+    /// Serves on after a pause. What was left unanswered comes again.
+    pub async fn resume(&self) -> Result<(), SessionError> {
+        let shared = &self.core.shared;
+        self.change(Phase::Paused, Phase::Changing)?;
+        let guard = Changing { shared };
+        // None is left but after a pause that was given up half-way.
+        self.stop_readers().await;
+        if shared.owes_resend.swap(false, Ordering::SeqCst) {
+            let channel = shared.channels[0].clone();
+            let resent = blocking(move || Ok(notify::resend(&channel))).await?;
+            if let Err(error) = resent {
+                shared.note_abandoned();
+                return Err(io_error("cannot have requests sent again")(error.into()));
+            }
+        }
+        shared.draining.store(false, Ordering::SeqCst);
+        shared.set_stopping(false);
+        std::mem::forget(guard);
+        {
+            let mut phase = lock(&shared.phase);
+            if *phase == Phase::Ended {
+                return Err(SessionError::Ended);
+            }
+            *phase = Phase::Serving;
+        }
+        self.start_readers()
+    }
+
+    /// Ends a paused session without unmounting: another process has the connection.
+    pub fn leave(&self) -> Result<(), SessionError> {
+        self.change(Phase::Paused, Phase::Ended)?;
+        self.core.shared.finish(End::Left);
+        Ok(())
+    }
+
+    /// Unmounts. An orderly unmount fails while the file system is in use.
+    pub async fn unmount(&self, how: Unmount) -> Result<(), SessionError> {
+        let mountpoint = self.core.shared.mountpoint.clone().ok_or(SessionError::NoMountpoint)?;
+        blocking(move || mount::unmount(&mountpoint, how).map_err(SessionError::from)).await
+    }
+}
+
+/// Whatever happens, a session that is changing becomes paused.
+struct Changing<'a> {
+    shared: &'a Shared,
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        let mut phase = lock(&self.shared.phase);
+        if *phase == Phase::Changing {
+            *phase = Phase::Paused;
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SessionError> + Send + 'static,
+) -> Result<T, SessionError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(SessionError::Io {
+            what: "a thread ended early",
+            source: io::Error::other(error),
+        }),
+    }
+}
+
+fn check_device(index: usize, descriptor: &OwnedFd) -> Result<(), SessionError> {
+    let stat = rustix::fs::fstat(descriptor).map_err(|error| io_error("cannot look at a descriptor")(error.into()))?;
+    let number = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+    let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+    if kind != rustix::fs::FileType::CharacterDevice || number != (10, 229) {
+        return Err(SessionError::NotFuse(index));
+    }
+    Ok(())
+}
+
+/// Answers INIT.
+fn handshake(channel: &Channel, terms: &Terms) -> Result<Parameters, SessionError> {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let length = match channel.read(&mut buffer) {
+            Ok(length) => length,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => continue,
+            Err(error) => return Err(io_error("cannot read INIT")(error.into())),
+        };
+        let header = Header::parse(&buffer[..length])?;
+        let refuse = |errno: Errno| reply(channel, header.unique, -errno.raw(), &[]);
+        if header.opcode != Opcode::Init as u32 {
+            refuse(Errno::EIO)?;
+            return Err(Malformed::Unexpected.into());
+        }
+        let request = InitRequest::parse(&buffer[abi::IN_HEADER..length])?;
+        if request.major > abi::MAJOR {
+            // It asks again in the version it gets told.
+            let mut head = Head::new();
+            head.u32(abi::MAJOR).u32(abi::MINOR).zeros(56);
+            reply(channel, header.unique, 0, head.as_slice())?;
+            continue;
+        }
+        match Parameters::negotiate(&request, terms) {
+            Ok(parameters) => {
+                reply(channel, header.unique, 0, parameters.reply().as_slice())?;
+                let left = terms.wanted - parameters.agreed - Capabilities::INIT_EXT;
+                tracing::debug!(minor = parameters.minor, agreed = ?parameters.agreed, unavailable = ?left, "negotiated");
+                return Ok(parameters);
+            }
+            Err(error) => {
+                refuse(Errno::EPROTO)?;
+                return Err(error.into());
+            }
+        }
+    }
+}
+
+fn reply(channel: &Channel, unique: u64, error: i32, body: &[u8]) -> Result<(), SessionError> {
+    let mut head = Head::new();
+    head.u32((abi::OUT_HEADER + body.len()) as u32).i32(error).u64(unique);
+    channel
+        .write(&[IoSlice::new(head.as_slice()), IoSlice::new(body)])
+        .map_err(|error| io_error("cannot answer INIT")(error.into()))
+}

@@ -1,0 +1,19 @@
+//! The library against the running kernel. Needs /dev/fuse, and root or fusermount3.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+#[path = "../../examples/memfs/locks.rs"]
+mod locks;
+#[path = "../../examples/memfs/memory.rs"]
+mod memory;
+#[path = "../../examples/memfs/tree.rs"]
+mod tree;
+
+mod child;
+mod interrupts;
+mod journaled;
+mod lifecycle;
+mod mounted;
+mod notifications;
+mod operations;
+mod robustness;
