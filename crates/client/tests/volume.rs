@@ -320,8 +320,10 @@ async fn truncation_drops_buffered_and_stored_bytes() {
         };
         assert_eq!(volume.set_attr(file.ino(), set).await.unwrap().attr.size, size);
     };
-    file.write(0, &vec![5; 2_000_000]).await.unwrap();
+    file.write(0, &vec![5; 900_000]).await.unwrap();
+    let before = cluster.count(At::Write);
     resize(100).await;
+    assert_eq!(cluster.count(At::Write) - before, 1, "what is cut off is not sent");
     assert_eq!(volume.dirty_bytes(), 0);
     resize(3_000_000).await;
     let got = file.read(0, 3_000_000).await.unwrap();
@@ -532,6 +534,21 @@ async fn streams_are_read_ahead_and_never_stale() {
         reader.lock(lock(LockMode::Shared, 7), true).await.unwrap();
         reader.lock(lock(LockMode::Unlock, 7), false).await.unwrap();
     }
+    // Changed in the midst of a stream, after the next blocks were asked for.
+    let half = size as u64 / 2;
+    let mut at = half;
+    while at < half + (1 << 20) {
+        at += reader.read(at, 128 << 10).await.unwrap().len() as u64;
+    }
+    file.write(0, &pattern(size, 77)).await.unwrap();
+    file.fsync().await.unwrap();
+    reader.lock(lock(LockMode::Shared, 7), true).await.unwrap();
+    let part = reader.read(at, 128 << 10).await.unwrap();
+    assert!(part == pattern(size, 77)[at as usize..at as usize + (128 << 10)]);
+    reader.lock(lock(LockMode::Unlock, 7), false).await.unwrap();
+    file.write(0, &pattern(size, 4)).await.unwrap();
+    file.fsync().await.unwrap();
+    reader.lock(lock(LockMode::Shared, 7), true).await.unwrap();
     // Its own writes show at once, in the midst of what was read ahead.
     let mut got = reader.read(0, 1 << 20).await.unwrap().to_vec();
     reader.write(2_000_000, b"mine").await.unwrap();

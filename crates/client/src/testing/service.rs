@@ -37,15 +37,7 @@ impl Node {
 
     /// Serves, or lets the next fault of this kind have the request.
     async fn serve<T>(&self, at: At, serve: impl Future<Output = Answer<T>>) -> Answer<T> {
-        match self.fault(at) {
-            Some(Fault::Refuse(code)) => refuse(code),
-            Some(Fault::LoseReply) => {
-                let _ = serve.await;
-                Err(Status::unavailable("connection lost"))
-            }
-            Some(Fault::Hang) => std::future::pending().await,
-            Some(Fault::Damage) | None => serve.await,
-        }
+        meet(self.fault(at), serve).await
     }
 
     fn primary(&self, world: &World, set: u32, epoch: u64) -> Result<(), Status> {
@@ -64,6 +56,18 @@ impl Node {
         } else {
             Err(status(ErrorCode::NotOwner, "another node owns the volume"))
         }
+    }
+}
+
+async fn meet<T>(fault: Option<Fault>, serve: impl Future<Output = Answer<T>>) -> Answer<T> {
+    match fault {
+        Some(Fault::Refuse(code)) => refuse(code),
+        Some(Fault::LoseReply) => {
+            let _ = serve.await;
+            Err(Status::unavailable("connection lost"))
+        }
+        Some(Fault::Hang) => std::future::pending().await,
+        Some(Fault::Damage) | None => serve.await,
     }
 }
 
@@ -248,27 +252,24 @@ impl Chunk for Node {
 
     async fn read(&self, request: Request<chunk::ReadRequest>) -> Answer<chunk::ReadResponse> {
         let request = request.into_inner();
-        let mut damage = false;
-        if let Some(Fault::Damage) = self
-            .shared
-            .world()
-            .faults
-            .get(&At::Read)
-            .and_then(|faults| faults.front())
-        {
-            damage = true;
-        }
+        let fault = self.fault(At::Read);
         let serve = async {
             let world = self.shared.world();
             self.primary(&world, request.replica_set, request.epoch)?;
             let chunk = world.chunks.get(&key(request.chunk)?).map_or(&[][..], Vec::as_slice);
             let from = (request.offset as usize).min(chunk.len());
             let to = (from + request.length as usize).min(chunk.len());
-            let data = Bytes::copy_from_slice(&chunk[from..to]);
-            let crc = crc32c(&data) ^ u32::from(damage);
+            let mut data = chunk[from..to].to_vec();
+            let crc = crc32c(&data);
+            if fault == Some(Fault::Damage)
+                && let Some(byte) = data.first_mut()
+            {
+                *byte ^= 1;
+            }
+            let data = Bytes::from(data);
             Ok(Response::new(chunk::ReadResponse { data, crc }))
         };
-        self.serve(At::Read, serve).await
+        meet(fault, serve).await
     }
 
     async fn truncate(&self, _: Request<chunk::TruncateRequest>) -> Answer<chunk::TruncateResponse> {
