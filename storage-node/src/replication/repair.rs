@@ -239,7 +239,7 @@ impl Tenure {
         };
         // What was acknowledged while fewer than `ack` were in sync must be on it, too.
         let arrived = futures::future::join_all(tails.iter().map(CancellationToken::cancelled));
-        if tokio::time::timeout(self.ctx.config.eject_slow, arrived).await.is_err() {
+        if tokio::time::timeout(self.ctx.config.debt_age, arrived).await.is_err() {
             return Err(ReplicationError::unreachable(node, "does not keep up"));
         }
         let next = with(&self.state().record.record, node);

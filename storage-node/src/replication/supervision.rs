@@ -121,7 +121,8 @@ impl Tenure {
     /// Ends repairs of members that do not keep up, so that they do not hold up the others.
     fn give_up_learners(&self, dead_since: &BTreeMap<NodeId, Instant>) {
         for (node, p) in &self.state().peers {
-            if matches!(p.standing, Standing::Learner | Standing::Admitting)
+            // One that is being admitted has a limit of its own, and its record may be written.
+            if p.standing == Standing::Learner
                 && (dead_since.contains_key(node)
                     || p.oldest() > self.ctx.config.eject_slow
                     || p.peer.full.load(Ordering::Relaxed))

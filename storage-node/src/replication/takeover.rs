@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Chunks that a recovery copies at once.
-const IN_FLIGHT: usize = 8;
+const IN_FLIGHT: usize = 16;
 /// How long members that are not needed for a quorum may hold up a recovery.
 const STRAGGLERS: Duration = Duration::from_millis(1500);
 
