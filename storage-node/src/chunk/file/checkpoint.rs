@@ -196,7 +196,11 @@ impl Engine {
                 if wake.stop {
                     return;
                 }
-                wake.wanted = false;
+                // Whoever asked during the last checkpoint has what it wants.
+                let asked = std::mem::take(&mut wake.wanted);
+                if asked && !self.wants_checkpoint() && !self.full.load(Ordering::Acquire) {
+                    continue;
+                }
             }
             let outcome = self.checkpoint();
             self.woken.notify_all();

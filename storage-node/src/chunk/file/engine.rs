@@ -132,7 +132,7 @@ impl Engine {
         loop {
             self.poison.check()?;
             if let Some(reservation) = self.log.reserve(record) {
-                if self.log.used() > self.log.area() / 4 {
+                if self.wants_checkpoint() {
                     self.ask_for_checkpoint();
                 }
                 return Ok(reservation);
@@ -151,6 +151,11 @@ impl Engine {
             let timeout = std::time::Duration::from_millis(20);
             drop(self.woken.wait_timeout(wake, timeout));
         }
+    }
+
+    /// Whether so much of the log is used that folding it should not wait.
+    pub(super) fn wants_checkpoint(&self) -> bool {
+        self.log.used() > self.log.area() / 4
     }
 
     fn ask_for_checkpoint(&self) {
