@@ -209,7 +209,7 @@ async fn attributes() {
         assert_eq!((metadata.atime(), metadata.atime_nsec()), (-5, 7));
         assert_eq!((metadata.mtime(), metadata.mtime_nsec()), (1 << 33, 999_999_999));
         sys::setxattr(&file, "user.name", b"value", XattrFlags::empty()).unwrap();
-        let mut value = vec![0; 100];
+        let mut value = [0; 100];
         let length = sys::getxattr(&file, "user.name", &mut value[..]).unwrap();
         assert_eq!(&value[..length], b"value");
         assert_eq!(sys::getxattr_query(&file, "user.name").unwrap(), 5);
