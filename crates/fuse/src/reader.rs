@@ -8,6 +8,7 @@ use crate::abi::{IN_HEADER, Opcode, WRITE_IN};
 use crate::buffer::{Buffer, Copied, Held};
 use crate::device::Channel;
 use crate::dispatch::dispatch;
+use crate::errno::Errno;
 use crate::filesystem::Filesystem;
 use crate::header::Header;
 use crate::session::{Core, End};
@@ -44,13 +45,14 @@ pub(crate) fn read_requests<F: Filesystem>(
         let read = channel.read(buffer.room());
         blocked.store(false, SeqCst);
         let length = match read {
-            Ok(length) if length > 0 => length,
+            // Not a FUSE device's: the other end of something else is closed.
+            Ok(0) => return Some(End::Failed(Errno::EPROTO)),
+            Ok(length) => length,
             // A request that was interrupted before it could be read.
             Err(Os::NOENT | Os::INTR) => continue,
             Err(Os::NODEV) => return Some(End::Unmounted),
             Err(Os::CONNABORTED) => return Some(End::Aborted),
-            other => {
-                let error = other.err().unwrap_or(Os::PIPE);
+            Err(error) => {
                 failures += 1;
                 tracing::error!(%error, "cannot read requests");
                 if failures == ATTEMPTS {

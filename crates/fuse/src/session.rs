@@ -697,3 +697,7 @@ fn reply(channel: &Channel, unique: u64, error: i32, body: &[u8]) -> Result<(), 
         .write(&[IoSlice::new(head.as_slice()), IoSlice::new(body)])
         .map_err(|error| io_error("cannot answer INIT")(error.into()))
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
