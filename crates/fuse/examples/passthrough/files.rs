@@ -7,7 +7,9 @@ use lazarette_fuse::attributes::decode_device;
 use lazarette_fuse::operation::*;
 use lazarette_fuse::*;
 use rustix::fs::{self as sys, AtFlags, FallocateFlags, Gid, Mode, OFlags, RenameFlags, Stat, Uid, XattrFlags};
+use rustix::io::ReadWriteFlags;
 use std::ffi::{OsStr, OsString};
+use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -24,6 +26,11 @@ pub(crate) struct Passthrough {
 fn flags(raw: u32) -> OFlags {
     let kept = OFlags::from_bits_retain(raw) - OFlags::NOFOLLOW - OFlags::CREATE - OFlags::EXCL - OFlags::DIRECT;
     kept | OFlags::CLOEXEC
+}
+
+/// Work that may take long, on a thread that is there for it.
+async fn elsewhere<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Errno::EIO))
 }
 
 impl Passthrough {
@@ -257,21 +264,42 @@ impl Filesystem for Passthrough {
         ))
     }
 
+    /// What is in memory is read at once, by the thread that has the request; what has to come from
+    /// a disk by another one.
     async fn read(&self, request: &Request, read: Read) -> Result<Data> {
         let file = self.files.get(read.handle)?;
         let mut buffer = request.buffer(read.size as usize);
         let mut done = 0;
-        // A short answer would mean the end of the file.
         while done < buffer.len() {
-            match rustix::io::pread(&file, &mut buffer[done..], read.offset + done as u64) {
-                Ok(0) => break,
+            let parts = &mut [IoSliceMut::new(&mut buffer[done..])];
+            match rustix::io::preadv2(&file, parts, read.offset + done as u64, ReadWriteFlags::NOWAIT) {
+                Ok(0) => {
+                    buffer.truncate(done);
+                    break;
+                }
                 Ok(count) => done += count,
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        buffer.truncate(done);
-        Ok(buffer.into())
+        if done == buffer.len() {
+            return Ok(buffer.into());
+        }
+        elsewhere(move || {
+            // A short answer would mean the end of the file.
+            while done < buffer.len() {
+                match rustix::io::pread(&file, &mut buffer[done..], read.offset + done as u64) {
+                    Ok(0) => break,
+                    Ok(count) => done += count,
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            buffer.truncate(done);
+            Ok(buffer.into())
+        })
+        .await
     }
 
     async fn write(&self, _request: &Request, write: Write) -> Result<u32> {
@@ -352,7 +380,8 @@ impl Filesystem for Passthrough {
     }
 
     async fn fsyncdir(&self, _request: &Request, fsync: Fsync) -> Result<()> {
-        Ok(sys::fsync(&*self.files.get(fsync.handle)?)?)
+        let directory = self.files.get(fsync.handle)?;
+        elsewhere(move || Ok(sys::fsync(&*directory)?)).await
     }
 
     async fn statfs(&self, _request: &Request, statfs: StatfsQuery) -> Result<Statfs> {
@@ -371,7 +400,7 @@ impl Filesystem for Passthrough {
 
     async fn syncfs(&self, _request: &Request, syncfs: Syncfs) -> Result<()> {
         let directory = self.open_node(&*self.nodes.get(syncfs.node)?, OFlags::RDONLY | OFlags::CLOEXEC)?;
-        Ok(sys::syncfs(directory)?)
+        elsewhere(move || Ok(sys::syncfs(directory)?)).await
     }
 
     async fn setxattr(&self, _request: &Request, setxattr: Setxattr<'_>) -> Result<()> {

@@ -14,8 +14,7 @@ use std::time::Duration;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut places = Vec::new();
-    // Handlers block in system calls, so more threads than processors.
-    let mut readers = 8;
+    let mut readers = Config::default().readers;
     let mut ttl = 1.0;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
