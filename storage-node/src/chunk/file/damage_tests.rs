@@ -9,7 +9,7 @@ use super::tests::{SMALL, assert_clean, data, key, node, start, v, write};
 use super::*;
 use crate::chunk::{BLOCK_SIZE, DAMAGED, MAX_CHUNK_LENGTH, crc32c};
 use lazarette_types::ErrorCode;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 type Key = (ReplicaSetId, ChunkId);
 
@@ -324,6 +324,36 @@ fn threads_lose_nothing_in_a_power_cut() {
             );
         }
     }
+}
+
+/// Blocks are overwritten in place while they are read.
+#[test]
+fn readers_see_whole_changes_while_the_log_is_folded() {
+    const CHANGES: u64 = 1500;
+    let engine = start(&SimDisk::default());
+    engine
+        .apply(key(0), Version::NONE, v(1), write(0, data(8192, 1)))
+        .unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let folding = scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                engine.checkpoint().unwrap();
+            }
+        });
+        let reading = scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                let whole = engine.read(key(0), 0, 8192).unwrap();
+                assert!(whole.data == data(8192, whole.version.sequence));
+            }
+        });
+        for n in 2..CHANGES {
+            engine.apply(key(0), v(n - 1), v(n), write(0, data(8192, n))).unwrap();
+        }
+        done.store(true, Ordering::Release);
+        folding.join().unwrap();
+        reading.join().unwrap();
+    });
 }
 
 #[test]

@@ -313,11 +313,10 @@ impl Engine {
         Ok(images.into())
     }
 
-    /// Whether the chunk's file durably exists and ends where the chunk does, so that blocks may be
-    /// put behind its end.
+    /// Whether the chunk's file durably exists, so that blocks may be put behind the chunk's end.
     fn is_extendable(&self, key: Key) -> bool {
         let state = self.state();
-        state.overlay(key).is_none_or(|o| !o.fresh && !o.cut)
+        state.overlay(key).is_none_or(|o| !o.fresh)
     }
 
     /// Puts the blocks that lie beyond the chunk's present ones into its file, where nobody looks

@@ -38,8 +38,6 @@ pub(super) struct Overlay {
     pub(super) blocks: BTreeMap<u32, Pending>,
     /// Of the other blocks, those below this are valid in the file; the rest are zeros.
     pub(super) base: u32,
-    /// The file may hold bytes beyond what is valid.
-    pub(super) cut: bool,
     /// The file may not exist, or not durably.
     pub(super) fresh: bool,
     /// Frames from here on hold records that the file does not have.
@@ -53,7 +51,6 @@ impl Overlay {
         Self {
             blocks: BTreeMap::new(),
             base,
-            cut: false,
             fresh: false,
             first: lsn,
             last: lsn,
@@ -196,7 +193,6 @@ impl State {
             }
             if blocks(change.length) < blocks(change.previous_length) {
                 overlay.base = overlay.base.min(blocks(change.length));
-                overlay.cut = true;
                 overlay.truncate(change.length);
             }
             // Blocks are put into a file only once it durably exists. On recovery, the record that
@@ -239,7 +235,6 @@ impl State {
         let length = self.entry(key).map_or(0, |e| e.length);
         if let Some(overlay) = self.overlays.get_mut(&key) {
             overlay.base = blocks(length);
-            overlay.cut = false;
         }
     }
 

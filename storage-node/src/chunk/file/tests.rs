@@ -1,6 +1,7 @@
 //! The store against a model, with kills, power cuts and failing disks in between.
 
 use super::engine::{Engine, Limits};
+use super::record::{ChangeRecord, Record};
 use super::simulation::SimDisk;
 use super::*;
 use crate::chunk::{MAX_CHUNK_LENGTH, crc32c};
@@ -309,5 +310,52 @@ fn a_file_made_by_the_log_keeps_what_was_put_into_it_later() {
         drop(engine);
         let engine = start(&disk.after_power_cut(2));
         assert!(engine.read(key(0), 0, MAX_CHUNK_LENGTH).unwrap().data == expected);
+    }
+}
+
+/// A record is durable a moment before its effects are visible; a checkpoint may fall into it.
+#[test]
+fn a_checkpoint_keeps_records_that_are_not_visible_yet() {
+    let disk = SimDisk::default();
+    let engine = start(&disk);
+    let record = Record::Change(ChangeRecord {
+        key: key(0),
+        version: v(1),
+        length: 0,
+        previous_length: 0,
+        file: 77,
+        fresh: true,
+        blocks: Vec::new(),
+    });
+    let durable = engine.log.append(&record).unwrap();
+    engine
+        .apply(key(1), Version::NONE, v(1), write(0, data(10, 1)))
+        .unwrap();
+    engine.checkpoint().unwrap();
+    drop(durable);
+    drop(engine);
+    let engine = start(&disk.after_power_cut(0));
+    assert_eq!(engine.version(key(0)).unwrap(), v(1));
+    assert_eq!(engine.version(key(1)).unwrap(), v(1));
+}
+
+/// Names that a killed process changed may not be durable; the log must not forget why before.
+#[test]
+fn a_restarted_process_makes_names_durable() {
+    for seed in 0..10 {
+        let disk = SimDisk::default();
+        let engine = start(&disk);
+        let big = data(30_000, 1);
+        engine.install(key(0), v(1), &big, crc32c(&big)).unwrap();
+        engine.install(key(2), v(1), &big, crc32c(&big)).unwrap();
+        engine.checkpoint().unwrap();
+        engine.install(key(0), v(2), &big, crc32c(&big)).unwrap();
+        engine.apply(key(2), v(1), v(2), Change::Delete).unwrap();
+        drop(engine);
+        let disk = disk.after_kill();
+        start(&disk).checkpoint().unwrap();
+        let engine = start(&disk.after_power_cut(seed));
+        assert_eq!(engine.version(key(0)).unwrap(), v(2));
+        assert_eq!(engine.version(key(2)).unwrap(), Version::NONE);
     }
 }
