@@ -31,8 +31,24 @@ pub fn release_dir() -> PathBuf {
         .join("release")
 }
 
-/// Builds programs (their packages have the same names), optimised; returns the folder they are in.
-pub async fn programs(names: &[&str]) -> Result<PathBuf> {
+/// What pods of the tests and the demo run.
+const WORKLOAD: &str = "lazarette-workload";
+
+/// Builds the programs that hold and mount data; returns the folder they are in.
+pub async fn storage() -> Result<PathBuf> {
+    programs(&[STORAGE_NODE, MOUNT]).await
+}
+
+/// Builds everything; returns the folder.
+pub async fn all() -> Result<PathBuf> {
+    // In the same groups each time: cargo compiles dependencies anew for another selection of
+    // packages, as that may need other features of them.
+    storage().await?;
+    programs(&[CSI, OPERATOR, WORKLOAD]).await
+}
+
+/// Builds programs (their packages have the same names), optimised.
+async fn programs(names: &[&str]) -> Result<PathBuf> {
     // etcd's client generates its code with protoc at build time.
     debian::ensure(&["protobuf-compiler"]).await?;
     let packages = names.iter().flat_map(|name| ["--package", name]);

@@ -90,7 +90,7 @@ impl LocalCluster {
     /// `nodes` counts for a new folder only (default 3); a folder with data keeps its number.
     pub async fn up(dir: &Path, nodes: Option<usize>) -> Result<Self> {
         let etcd = tools::ensure(&[Tool::Etcd]).await?.remove(0);
-        build::programs(&[build::STORAGE_NODE, build::MOUNT]).await?;
+        build::storage().await?;
         let cluster = match Self::open(dir) {
             Ok(cluster) => cluster,
             Err(_) if !dir.join("local.json").exists() => Self::create(dir, nodes.unwrap_or(3))?,

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only the part with this name (unit, local, kubernetes)
+    /// Only the part with this name: unit, local, lab or kubernetes
     #[arg(long)]
     part: Option<String>,
 }
@@ -20,23 +20,29 @@ struct Part {
     args: &'static [&'static str],
 }
 
+// All parts select the whole workspace, or cargo would compile dependencies anew for each.
 const PARTS: &[Part] = &[
     Part {
         name: "unit",
-        args: &["--workspace", "--exclude", "lazarette-e2e"],
-    },
-    Part {
-        name: "e2e-unit",
-        args: &["--package", "lazarette-e2e", "--lib"],
+        args: &["--workspace"],
     },
     // One test at a time: they use the whole machine and kill processes.
     Part {
         name: "local",
         args: &[
-            "--package",
-            "lazarette-e2e",
-            "--test",
-            "local",
+            "--workspace",
+            "--features=lazarette-e2e/machine",
+            "--test=local",
+            "--",
+            "--test-threads=1",
+        ],
+    },
+    Part {
+        name: "lab",
+        args: &[
+            "--workspace",
+            "--features=lazarette-e2e/machine",
+            "--test=lab",
             "--",
             "--test-threads=1",
         ],
@@ -44,10 +50,9 @@ const PARTS: &[Part] = &[
     Part {
         name: "kubernetes",
         args: &[
-            "--package",
-            "lazarette-e2e",
-            "--test",
-            "kubernetes",
+            "--workspace",
+            "--features=lazarette-e2e/machine",
+            "--test=kubernetes",
             "--",
             "--test-threads=1",
         ],
@@ -73,7 +78,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     // Before the clock of any test runs.
     let programs = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
     tools::ensure(&programs).await?;
-    build::programs(build::ALL).await?;
+    build::all().await?;
 
     let mut total = Counts::default();
     let mut broken = Vec::new();

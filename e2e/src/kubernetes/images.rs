@@ -12,9 +12,7 @@ pub(super) const WORKLOAD: &str = "localhost/lazarette-workload:dev";
 
 /// Every image that the installation and the story need, built from this checkout.
 pub(super) async fn all() -> Result<Vec<Image>> {
-    let mut programs = build::ALL.to_vec();
-    programs.push("lazarette-workload");
-    let binaries = build::programs(&programs).await?;
+    let binaries = build::all().await?;
     let mut images = image::sidecars().await?;
     images.push(image::etcd().await?);
     images.push(image::lazarette(&binaries)?);
@@ -29,7 +27,8 @@ async fn workload(binaries: &Path) -> Result<Image> {
         .renamed(WORKLOAD)
         .file(tree, "/tree.tar")
         .program(binaries.join("lazarette-workload"), "/bin/workload")?
-        .entrypoint(["/bin/workload", "idle"]);
+        .entrypoint(["/bin/workload", "idle"])
+        .command(std::iter::empty::<String>());
     Ok(workload)
 }
 
