@@ -1,6 +1,7 @@
 //! Buffers for requests and for data of replies: pooled, bounded, aligned.
 
 use crate::abi::{IN_HEADER, WRITE_IN};
+use crate::request::FULL_INTERVAL;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -81,14 +82,24 @@ impl Pool {
         }
     }
 
-    /// Waits until handlers hold little enough for `bytes` more. None once the session stops.
-    pub(crate) fn charge(self: &Arc<Self>, bytes: usize) -> Option<Charge> {
+    /// Waits until handlers hold little enough for `bytes` more, and calls `full` from time to time
+    /// meanwhile. None once the session stops.
+    pub(crate) fn charge(self: &Arc<Self>, bytes: usize, full: impl Fn()) -> Option<Charge> {
         let mut state = lock(&self.state);
         while state.charged > 0 && state.charged + bytes > self.limit {
             if state.stopping {
                 return None;
             }
-            state = self.released.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let (held, waited) = self
+                .released
+                .wait_timeout(state, FULL_INTERVAL)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = held;
+            if waited.timed_out() {
+                drop(state);
+                full();
+                state = lock(&self.state);
+            }
         }
         state.charged += bytes;
         Some(Charge {
@@ -257,11 +268,11 @@ mod tests {
     #[test]
     fn charges_wait_for_others_to_end() {
         let pool = Pool::new(4096, 0, 8192);
-        let first = pool.charge(8000).unwrap();
+        let first = pool.charge(8000, || {}).unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = pool.clone();
         let waiter = std::thread::spawn(move || {
-            let charge = other.charge(4096);
+            let charge = other.charge(4096, || {});
             sender.send(charge.is_some()).unwrap();
         });
         assert!(receiver.try_recv().is_err());
@@ -270,9 +281,9 @@ mod tests {
         waiter.join().unwrap();
         assert_eq!(pool.charged(), 0);
         // Alone, a request may be larger than the limit.
-        assert!(pool.charge(100_000).is_some());
-        let _held = pool.charge(8192).unwrap();
+        assert!(pool.charge(100_000, || {}).is_some());
+        let _held = pool.charge(8192, || {}).unwrap();
         pool.set_stopping(true);
-        assert!(pool.charge(1).is_none());
+        assert!(pool.charge(1, || {}).is_none());
     }
 }

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use pin_project_lite::pin_project;
 use rustix::io::Errno as Os;
 use std::any::Any;
+use std::cell::Cell;
 use std::future::Future;
 use std::io::IoSlice;
 use std::os::unix::ffi::OsStringExt;
@@ -23,6 +24,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll as Progress, Waker};
+use tracing::{Span, trace_span};
 
 /// Bytes of the longest link target the kernel takes.
 const LONGEST_TARGET: usize = 4095;
@@ -176,11 +178,22 @@ fn prefix(error: i32, rest: usize, unique: u64) -> Prefix {
 struct Presence {
     active: Arc<Active>,
     shared: Arc<Shared>,
+    listed: Cell<bool>,
+}
+
+impl Presence {
+    /// Before the answer: who has it does not find its request under way.
+    fn unlist(&self) {
+        if self.listed.replace(false) {
+            self.shared.in_flight.leave(self.active.header.unique);
+        }
+    }
 }
 
 impl Drop for Presence {
     fn drop(&mut self) {
-        self.shared.in_flight.leave(self.active.header.unique);
+        self.unlist();
+        // After the answer: a drain waits for it.
         self.shared.left(self.active.opcode);
     }
 }
@@ -191,6 +204,7 @@ pin_project! {
         #[pin]
         handler: Option<Fut>,
         channel: Arc<Channel>,
+        span: Span,
         presence: Presence,
     }
 }
@@ -200,6 +214,7 @@ impl<Fut: Future<Output = Outcome>> Future for Driver<Fut> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Progress<()> {
         let mut this = self.project();
+        let _entered = this.span.enter();
         let (active, shared) = (&this.presence.active, &this.presence.shared);
         let polled = match active.verdict() {
             Verdict::Go => match this.handler.as_mut().as_pin_mut() {
@@ -209,6 +224,7 @@ impl<Fut: Future<Output = Outcome>> Future for Driver<Fut> {
             verdict => {
                 // What the handler holds is given back before anybody hears that it is over.
                 drop_handler(this.handler);
+                this.presence.unlist();
                 if verdict == Verdict::Cancel {
                     shared.statistics.cancelled.fetch_add(1, Relaxed);
                     answer(shared, this.channel, active, Err(Errno::EINTR.into()));
@@ -242,6 +258,7 @@ impl<Fut: Future<Output = Outcome>> Future for Driver<Fut> {
             }
         };
         drop_handler(this.handler.as_mut());
+        this.presence.unlist();
         // A handler that was told by commit() to give up, because another server is to do it.
         if active.verdict() == Verdict::Abandon && matches!(outcome, Err(Failure::Errno(Errno::EINTR))) {
             shared.statistics.abandoned.fetch_add(1, Relaxed);
@@ -301,13 +318,22 @@ fn start<Fut>(shared: &Arc<Shared>, channel: &Arc<Channel>, active: Arc<Active>,
 where
     Fut: Future<Output = Outcome> + Send + 'static,
 {
+    let span = trace_span!(
+        "fuse",
+        operation = active.opcode.name(),
+        unique = active.header.unique,
+        node = active.header.node,
+        pid = active.header.pid
+    );
     let presence = Presence {
         active,
         shared: shared.clone(),
+        listed: Cell::new(true),
     };
     let mut driver = Box::pin(Driver {
         handler: Some(handler),
         channel: channel.clone(),
+        span,
         presence,
     });
     if driver

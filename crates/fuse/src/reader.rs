@@ -85,15 +85,16 @@ pub(crate) fn read_requests<F: Filesystem>(
 /// Takes a message's body out of the reader's buffer.
 fn detach<F: Filesystem>(core: &Core<F>, buffer: Buffer, length: usize, opcode: u32) -> Option<(Bytes, Buffer)> {
     let pool = &core.shared.pool;
+    let full = || core.shared.in_flight.cancel_all_dying();
     if length < FREE_OF_CHARGE || opcode == Opcode::BatchForget as u32 {
         return Some((Bytes::copy_from_slice(&buffer.message(length)[IN_HEADER..]), buffer));
     }
     if length < COPY_BELOW + IN_HEADER + WRITE_IN {
-        let charge = pool.charge(length)?;
+        let charge = pool.charge(length, full)?;
         let bytes = Box::from(&buffer.message(length)[IN_HEADER..]);
         return Some((Bytes::from_owner(Copied { bytes, _charge: charge }), buffer));
     }
-    let charge = pool.charge(length)?;
+    let charge = pool.charge(length, full)?;
     let bytes = Bytes::from_owner(Held {
         buffer,
         length,

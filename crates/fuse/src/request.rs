@@ -148,6 +148,10 @@ pub enum InterruptPolicy {
 /// interrupt when the first signal was harmless and the second kills.
 pub(crate) const DYING_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How often callers are looked at while so much is under way that nothing more is read, no
+/// interrupts either.
+pub(crate) const FULL_INTERVAL: Duration = Duration::from_millis(500);
+
 /// Interrupts kept for requests that another reader may be about to enter.
 const EARLY: usize = 4096;
 /// A reader needs microseconds from the device to the table.
@@ -275,6 +279,16 @@ impl InFlight {
             Interrupted::Cancelled
         } else {
             Interrupted::Watch
+        }
+    }
+
+    /// Cancels every request whose caller is about to die: for when interrupts cannot be read.
+    pub(crate) fn cancel_all_dying(&self) {
+        for active in self.all() {
+            let open = active.verdict() == Verdict::Go && !active.is_committed() && !is_closing(active.opcode);
+            if open && active.caller_is_dying() {
+                active.interrupt(true);
+            }
         }
     }
 

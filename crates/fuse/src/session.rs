@@ -11,7 +11,7 @@ use crate::mount::{self, MountError, MountOptions, Unmount};
 use crate::negotiation::{InitRequest, NegotiationError, Parameters, Terms};
 use crate::notify::{self, Notifier, Retrieves};
 use crate::reader::read_requests;
-use crate::request::{DYING_INTERVAL, InFlight, InterruptPolicy, RequestSnapshot};
+use crate::request::{DYING_INTERVAL, FULL_INTERVAL, InFlight, InterruptPolicy, RequestSnapshot};
 use crate::statistics::{Snapshot, Statistics};
 use crate::wake;
 use crate::wire::{Head, Malformed};
@@ -37,8 +37,7 @@ pub struct Config {
     pub readers: usize,
     /// Requests under way at once, waits for locks not counted; more wait in the kernel.
     pub max_requests: usize,
-    /// Bytes that data of requests under way may take; more wait in the kernel. While nothing of
-    /// it becomes free the kernel's interrupts wait, too.
+    /// Bytes that data of requests under way may take; more wait in the kernel.
     pub max_memory: usize,
     /// What interrupts do.
     pub interrupts: InterruptPolicy,
@@ -165,7 +164,16 @@ impl Shared {
         if self.limited.load(Ordering::SeqCst) >= self.max_requests {
             let mut guard = lock(&self.admission);
             while self.limited.load(Ordering::SeqCst) >= self.max_requests && !self.stopping.load(Ordering::SeqCst) {
-                guard = self.admitted.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                let (held, waited) = self
+                    .admitted
+                    .wait_timeout(guard, FULL_INTERVAL)
+                    .unwrap_or_else(PoisonError::into_inner);
+                guard = held;
+                if waited.timed_out() {
+                    drop(guard);
+                    self.in_flight.cancel_all_dying();
+                    guard = lock(&self.admission);
+                }
             }
         }
         !self.stopping.load(Ordering::SeqCst)

@@ -2,7 +2,7 @@
 
 use crate::child::{self, Process};
 use crate::memory::Memory;
-use crate::mounted::{application, mounted, until};
+use crate::mounted::{application, mounted, mounted_with, until};
 use lazarette_fuse::abi::Opcode;
 use lazarette_fuse::operation::*;
 use lazarette_fuse::*;
@@ -181,4 +181,23 @@ async fn beyond_the_point_of_no_return_a_handler_runs_to_its_end() {
     session.filesystem().release.store(true, Ordering::SeqCst);
     ends(&mut reader).await;
     assert_eq!(session.statistics().cancelled, 0);
+}
+
+/// When so much is under way that nothing more is read, interrupts are not either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_ends_requests_that_fill_the_session() {
+    let config = Config {
+        max_requests: 1,
+        ..Config::default()
+    };
+    let (place, session) = mounted_with(Stuck::default(), config).await;
+    let path = place.join("file").to_str().unwrap().to_owned();
+    let mut readers: Vec<Process> = (0..6).map(|_| child::start("read", &path, None)).collect();
+    until("they read", || reading(&session)).await;
+    for reader in &readers {
+        send(reader, Signal::KILL);
+    }
+    for reader in &mut readers {
+        ends(reader).await;
+    }
 }
