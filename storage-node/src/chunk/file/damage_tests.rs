@@ -329,8 +329,10 @@ fn threads_lose_nothing_in_a_power_cut() {
 /// Blocks are overwritten in place while they are read.
 #[test]
 fn readers_see_whole_changes_while_the_log_is_folded() {
-    const CHANGES: u64 = 1500;
-    let engine = start(&SimDisk::default());
+    const CHANGES: u64 = 1000;
+    let disk = SimDisk::default();
+    let engine = start(&disk);
+    disk.slow_reads(Duration::from_micros(200));
     engine
         .apply(key(0), Version::NONE, v(1), write(0, data(8192, 1)))
         .unwrap();

@@ -7,6 +7,7 @@ use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 const SECTOR: usize = 512;
 const PAGE: u64 = 4096;
@@ -95,6 +96,8 @@ struct Inner {
     capacity: Option<u64>,
     /// Operations until the power is gone, the one during which it goes included.
     fuse: Option<u64>,
+    /// How long a read takes.
+    read_time: Duration,
     /// Syncs until one fails, once.
     bad_sync: Option<u64>,
 }
@@ -190,6 +193,11 @@ impl SimDisk {
     /// still shows, but no later sync will write it.
     pub(super) fn fail_sync_after(&self, syncs: u64) {
         self.lock().bad_sync = Some(syncs);
+    }
+
+    /// Gives others time to come in between two reads.
+    pub(super) fn slow_reads(&self, time: Duration) {
+        self.lock().read_time = time;
     }
 
     pub(super) fn set_capacity(&self, bytes: Option<u64>) {
@@ -432,6 +440,10 @@ impl SimFile {
 
 impl DiskFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let time = self.disk.lock().read_time;
+        if !time.is_zero() {
+            std::thread::sleep(time);
+        }
         let mut inner = self.disk.lock();
         inner.alive()?;
         let file = self.file(&mut inner);

@@ -359,3 +359,22 @@ fn a_restarted_process_makes_names_durable() {
         assert_eq!(engine.version(key(2)).unwrap(), Version::NONE);
     }
 }
+
+#[test]
+fn a_checkpoint_makes_new_names_durable() {
+    for seed in 0..10 {
+        let disk = SimDisk::default();
+        let engine = start(&disk);
+        let big = data(30_000, 1);
+        // The second in the same folder as the first.
+        for key in [key(0), key(4)] {
+            engine.install(key, v(1), &big, crc32c(&big)).unwrap();
+            engine.checkpoint().unwrap();
+        }
+        drop(engine);
+        let engine = start(&disk.after_power_cut(seed));
+        for key in [key(0), key(4)] {
+            assert_eq!(engine.version(key).unwrap(), v(1), "seed {seed}");
+        }
+    }
+}
