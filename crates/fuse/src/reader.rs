@@ -1,8 +1,9 @@
 //! The threads that read requests.
 //!
-//! Threads that block in read(2) were measured against tasks that wait for readiness: a request
-//! costs two system calls instead of four, the kernel wakes one reader instead of all, and a handler
-//! that does not wait answers on the very thread that read the request.
+//! Threads that block in read(2) were measured against tasks that wait for readiness in the runtime:
+//! a first measurement on a busy machine of two processors gave about 10 % less processor time for a
+//! create and no difference for reads. Besides, the kernel wakes one blocked reader for a request, but
+//! all that wait for readiness; and a handler that blocks its thread keeps no worker from the runtime.
 
 use crate::abi::{IN_HEADER, Opcode, WRITE_IN};
 use crate::buffer::{Buffer, Copied, Held};

@@ -270,6 +270,7 @@ impl Filesystem for Passthrough {
         let file = self.files.get(read.handle)?;
         let mut buffer = request.buffer(read.size as usize);
         let mut done = 0;
+        let mut in_memory = false;
         while done < buffer.len() {
             let parts = &mut [IoSliceMut::new(&mut buffer[done..])];
             match rustix::io::preadv2(&file, parts, read.offset + done as u64, ReadWriteFlags::NOWAIT) {
@@ -278,7 +279,11 @@ impl Filesystem for Passthrough {
                     break;
                 }
                 Ok(count) => done += count,
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => break,
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(rustix::io::Errno::OPNOTSUPP) => {
+                    in_memory = true;
+                    break;
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -286,7 +291,7 @@ impl Filesystem for Passthrough {
         if done == buffer.len() {
             return Ok(buffer.into());
         }
-        elsewhere(move || {
+        let rest = move || {
             // A short answer would mean the end of the file.
             while done < buffer.len() {
                 match rustix::io::pread(&file, &mut buffer[done..], read.offset + done as u64) {
@@ -298,8 +303,9 @@ impl Filesystem for Passthrough {
             }
             buffer.truncate(done);
             Ok(buffer.into())
-        })
-        .await
+        };
+        // A file system that cannot tell (tmpfs) has everything in memory.
+        if in_memory { rest() } else { elsewhere(rest).await }
     }
 
     async fn write(&self, _request: &Request, write: Write) -> Result<u32> {
