@@ -73,8 +73,5 @@ pub struct Version {
 
 impl Version {
     /// The version of a chunk that does not exist.
-    pub const NONE: Self = Self {
-        epoch: 0,
-        sequence: 0,
-    };
+    pub const NONE: Self = Self { epoch: 0, sequence: 0 };
 }

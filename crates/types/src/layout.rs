@@ -134,14 +134,8 @@ mod tests {
     fn spans_cover_the_range() {
         let got: Vec<_> = spans(1 << 20, (1 << 20) - 3, (1 << 20) + 10).collect();
         assert_eq!(got.len(), 3);
-        assert_eq!(
-            (got[0].index, got[0].offset, got[0].length),
-            (0, (1 << 20) - 3, 3)
-        );
-        assert_eq!(
-            (got[1].index, got[1].offset, got[1].length),
-            (1, 0, 1 << 20)
-        );
+        assert_eq!((got[0].index, got[0].offset, got[0].length), (0, (1 << 20) - 3, 3));
+        assert_eq!((got[1].index, got[1].offset, got[1].length), (1, 0, 1 << 20));
         assert_eq!((got[2].index, got[2].offset, got[2].length), (2, 0, 7));
         assert_eq!(got[2].start, 3 + (1 << 20));
     }
@@ -158,9 +152,7 @@ mod tests {
 
     #[test]
     fn policy_errors_name_field_and_remedy() {
-        let error = ReplicationPolicy { copies: 3, ack: 4 }
-            .validate()
-            .unwrap_err();
+        let error = ReplicationPolicy { copies: 3, ack: 4 }.validate().unwrap_err();
         assert_eq!(error.to_string(), "ack is 4; use 1 to copies (3)");
         assert!(ReplicationPolicy { copies: 0, ack: 0 }.validate().is_err());
     }
