@@ -75,6 +75,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     debian::ensure(&["protobuf-compiler"]).await?;
     debian::ensure(debian::LAB_PACKAGES).await?;
+    // Applications that the tests run on a mount.
+    debian::ensure(&["git", "python3"]).await?;
     // Before the clock of any test runs.
     let programs = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
     tools::ensure(&programs).await?;
