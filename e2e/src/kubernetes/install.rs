@@ -64,7 +64,7 @@ impl Installation {
         narrator.step("kubectl apply of a StorageCluster: 3 etcd members, 3 storage nodes");
         this.lab.offer_disks().await?;
         this.lab.apply(include_str!("manifests/storagecluster.yaml")).await?;
-        let status = this.wait_condition("Available", true, Duration::from_secs(300)).await?;
+        let status = this.wait_healthy(Duration::from_secs(300)).await?;
         narrator.fact(&format!(
             "Ready {:.1} s after `helm install` began: {} storage nodes",
             started.elapsed().as_secs_f32(),
