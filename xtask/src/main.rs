@@ -9,7 +9,6 @@ mod test;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lazarette_e2e::tools::{self, Tool};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Lazarette's developer commands")]
@@ -54,9 +53,6 @@ async fn main() -> Result<()> {
         Command::Local(command) => local::run(command).await,
         Command::Lab(command) => lab::run(command).await,
         Command::Crds => crds::write(),
-        Command::Tools => {
-            let all = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
-            tools::ensure(&all).await.map(drop)
-        }
+        Command::Tools => test::build_tools().await,
     }
 }

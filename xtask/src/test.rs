@@ -78,8 +78,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     // Applications that the tests run on a mount.
     debian::ensure(&["git", "python3"]).await?;
     // Before the clock of any test runs.
-    let programs = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
-    tools::ensure(&programs).await?;
+    build_tools().await?;
     build::all().await?;
 
     let mut total = Counts::default();
@@ -105,6 +104,12 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         bail!("failed: {}", broken.join(", "));
     }
     Ok(())
+}
+
+/// Builds the programs that the tests and the lab need.
+pub(crate) async fn build_tools() -> Result<()> {
+    let all = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
+    tools::ensure(&all).await.map(drop)
 }
 
 /// Runs `cargo test`, passes its output on and adds its counts up; whether all is well.

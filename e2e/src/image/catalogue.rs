@@ -5,31 +5,21 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::Image;
-use crate::cmd;
 use crate::tools::{Tool, ensure};
+use crate::{build, cmd};
 
 /// Reference of the image that holds all of Lazarette's programs.
 pub const LAZARETTE: &str = "localhost/lazarette:dev";
 
-/// The programs in [`LAZARETTE`]; they end up in `/usr/bin`.
-pub const LAZARETTE_PROGRAMS: &[&str] = &[
-    "lazarette-operator",
-    "lazarette-csi",
-    "lazarette-node",
-    "lazarette-mount",
-];
-
-/// Lazarette itself, from the release binaries in a folder such as `target/release`.
+/// Lazarette itself: [`build::ALL`] in `/usr/bin`, from the release binaries in a folder such as `target/release`.
 pub fn lazarette(binaries: &Path) -> Result<Image> {
-    LAZARETTE_PROGRAMS
-        .iter()
-        .try_fold(Image::new(LAZARETTE), |image, name| {
-            let path = binaries.join(name);
-            let path = path
-                .canonicalize()
-                .with_context(|| format!("{} has not been built yet", path.display()))?;
-            image.program(path, Path::new("/usr/bin").join(name))
-        })
+    build::ALL.iter().try_fold(Image::new(LAZARETTE), |image, name| {
+        let path = binaries.join(name);
+        let path = path
+            .canonicalize()
+            .with_context(|| format!("{} has not been built yet", path.display()))?;
+        image.program(path, Path::new("/usr/bin").join(name))
+    })
 }
 
 /// A shell with the usual small tools: `localhost/busybox:1`.

@@ -16,9 +16,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-pub use catalogue::{
-    LAZARETTE, LAZARETTE_PROGRAMS, busybox, chart, coredns, etcd, lazarette, pause, sidecars, snapshots,
-};
+pub use catalogue::{LAZARETTE, busybox, chart, coredns, etcd, lazarette, pause, sidecars, snapshots};
 pub use libraries::shared_libraries;
 
 /// One thing in the image's file system.
