@@ -69,9 +69,14 @@ impl Map {
         })
     }
 
-    /// The replica set of a file's chunk.
-    pub(crate) fn set_of(&self, seed: u32, index: u32) -> ReplicaSetId {
-        self.layout.replica_set(seed, index)
+    /// The replica set of a file's chunk, with its epoch and primary while it has one.
+    pub(crate) fn primary_of(&self, seed: u32, index: u32) -> (u32, Option<(u64, &String)>) {
+        let set = self.layout.replica_set(seed, index).0;
+        let primary = self
+            .sets
+            .get(&set)
+            .and_then(|set| Some((set.epoch, set.primary.as_ref()?)));
+        (set, primary)
     }
 }
 

@@ -95,12 +95,8 @@ impl Inner {
         let mut maps = self.maps.subscribe();
         loop {
             let map = maps.borrow_and_update().clone();
-            let set = map.set_of(seed, index).0;
-            let error = match map
-                .sets
-                .get(&set)
-                .and_then(|set| Some((set.epoch, set.primary.as_ref()?)))
-            {
+            let (set, primary) = map.primary_of(seed, index);
+            let error = match primary {
                 None => Error::new(ErrorCode::Unavailable, format!("replica set {set} has no primary")),
                 Some((epoch, primary)) => {
                     let mut client = self.cluster.channels().chunk(primary)?;
