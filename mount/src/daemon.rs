@@ -188,7 +188,7 @@ fn status(error: &MountError) -> Status {
     match error {
         MountError::Volume { source, .. } => lazarette_proto::status(source.code(), message),
         MountError::Io(error) if error.kind() == io::ErrorKind::NotFound => Status::not_found(message),
-        MountError::Io(_) => Status::internal(message),
+        MountError::Io(_) | MountError::Session(_) => Status::internal(message),
         MountError::Busy(_) => Status::failed_precondition(message),
         MountError::Occupied(_) => Status::already_exists(message),
         MountError::Relative(_) => Status::invalid_argument(message),

@@ -1,10 +1,8 @@
 //! The mount daemon: volumes as folders of this machine.
 //!
-//! [`fuse`] translates the kernel's requests to calls of `lazarette-client`; it is the only module
-//! that knows which FUSE server is used. [`Mount`] is one volume at one folder, [`Daemon`] the
-//! set of them that is served on a Unix socket.
+//! [`fuse`] translates the kernel's requests to calls of `lazarette-client`. [`Mount`] is one volume
+//! at one folder, [`Daemon`] the set of them that is served on a Unix socket.
 
-mod caller;
 mod daemon;
 mod fuse;
 mod metrics;

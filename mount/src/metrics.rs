@@ -1,9 +1,12 @@
 //! What the daemon reports of its mounts.
 
-use crate::Daemon;
+use crate::{Daemon, Mount};
+use lazarette_fuse::statistics::OperationSnapshot;
 use lazarette_telemetry::Registry;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 #[derive(Debug)]
@@ -32,8 +35,39 @@ impl Collector for Mounts {
             let name = format!("lazarette_mount_{name}");
             gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;
         }
-        Ok(())
+        requests(&mut encoder, &mounts)
     }
+}
+
+/// A figure of one kind of request.
+type Figure = fn(&OperationSnapshot) -> f64;
+
+/// What the kernel asked for, by mount and operation.
+fn requests(encoder: &mut DescriptorEncoder, mounts: &[Mount]) -> Result<(), std::fmt::Error> {
+    let figures: [(&str, &str, Figure); 3] = [
+        ("requests", "Requests of the kernel.", |operation| {
+            operation.requests as f64
+        }),
+        ("request_errors", "Requests answered with an error.", |operation| {
+            operation.errors as f64
+        }),
+        ("request_seconds", "Time to the answers, in all.", |operation| {
+            operation.total.as_secs_f64()
+        }),
+    ];
+    let snapshots: Vec<_> = mounts.iter().map(|mount| (mount, mount.requests())).collect();
+    for (name, help, figure) in figures {
+        let name = format!("lazarette_mount_{name}");
+        let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+        for (mount, snapshot) in &snapshots {
+            let folder = mount.target().to_string_lossy();
+            for operation in &snapshot.operations {
+                let labels = [("mount", folder.as_ref()), ("operation", operation.opcode.name())];
+                ConstCounter::new(figure(operation)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Daemon {

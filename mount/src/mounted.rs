@@ -1,5 +1,7 @@
-use crate::{fuse, mountpoint};
+use crate::fuse::{self, VolumeFilesystem};
+use crate::mountpoint;
 use lazarette_client::{Cluster, Volume, VolumeOptions};
+use lazarette_fuse::{End, Session, SessionError};
 use lazarette_types::VolumeId;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,9 @@ pub enum MountError {
     /// The operating system refused.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// It could not be mounted, or the kernel's FUSE lacks something.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// Files of the mount are in use.
     #[error("{0} is in use; close its files or unmount with force")]
     Busy(PathBuf),
@@ -43,6 +48,7 @@ pub struct Mount {
 
 struct Inner {
     volume: Volume,
+    session: Session<VolumeFilesystem>,
     target: PathBuf,
     read_only: bool,
     /// Cancelled when the kernel has ended the connection and the session is closed.
@@ -75,17 +81,8 @@ impl Mount {
         let volume = Volume::mount(cluster, id, options)
             .await
             .map_err(|source| MountError::Volume { volume: id, source })?;
-        let folder = target.clone();
-        let served = volume.clone();
-        let started = blocking(move || {
-            let device = mountpoint::mount(&format!("lazarette:{id}"), &folder, read_only)?;
-            fuse::serve(device, served).inspect_err(|_| {
-                let _ = mountpoint::unmount(&folder, true);
-            })
-        })
-        .await;
-        let served = match started {
-            Ok(served) => served,
+        let session = match fuse::mount(volume.clone(), &target, read_only).await {
+            Ok(session) => session,
             Err(error) => {
                 let _ = volume.close().await;
                 return Err(error.into());
@@ -94,6 +91,7 @@ impl Mount {
         let mount = Self {
             inner: Arc::new(Inner {
                 volume,
+                session,
                 target,
                 read_only,
                 ended: CancellationToken::new(),
@@ -104,10 +102,9 @@ impl Mount {
         );
         let inner = mount.inner.clone();
         tokio::spawn(async move {
-            match served.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::error!(%error, folder = %inner.target.display(), "the FUSE session failed"),
-                Err(_) => tracing::error!(folder = %inner.target.display(), "the FUSE session's thread failed"),
+            match inner.session.ended().await {
+                End::Unmounted => {}
+                end => tracing::error!(?end, folder = %inner.target.display(), "the FUSE session failed"),
             }
             // A session that failed leaves a dead mount; one that ended normally, nothing.
             let folder = inner.target.clone();
@@ -125,6 +122,11 @@ impl Mount {
     /// The volume's session.
     pub fn volume(&self) -> &Volume {
         &self.inner.volume
+    }
+
+    /// Counters of the kernel's requests.
+    pub fn requests(&self) -> lazarette_fuse::statistics::Snapshot {
+        self.inner.session.statistics()
     }
 
     /// Whether it was mounted for reading only.
@@ -217,11 +219,5 @@ fn client_name(target: &Path) -> String {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    let runtime = tokio::runtime::Handle::current();
-    tokio::task::spawn_blocking(move || {
-        let _runtime = runtime.enter();
-        work()
-    })
-    .await
-    .map_err(io::Error::other)?
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }

@@ -1,36 +1,12 @@
-//! mount(2) and what is mounted where.
+//! What is mounted where, and unmounting.
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
-use std::ffi::CString;
+use rustix::mount::UnmountFlags;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 /// Our file system type in /proc/mounts.
-const TYPE: &str = "fuse.lazarette";
-/// Largest read and write request.
-pub(crate) const MAX_REQUEST: u32 = 1 << 20;
-
-/// Mounts a new FUSE connection and returns its descriptor.
-pub(crate) fn mount(source: &str, target: &Path, read_only: bool) -> io::Result<OwnedFd> {
-    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| named(error, "cannot open /dev/fuse"))?;
-    let options = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={MAX_REQUEST}",
-        device.as_raw_fd()
-    );
-    let options = CString::new(options)?;
-    let mut flags = MountFlags::NODEV;
-    if read_only {
-        flags |= MountFlags::RDONLY;
-    }
-    rustix::mount::mount(source, target, TYPE, flags, options.as_c_str())
-        .map_err(|error| named(error, &format!("cannot mount at {}", target.display())))?;
-    Ok(device)
-}
-
+pub(crate) const TYPE: &str = "fuse.lazarette";
 /// Unmounts; with `detach` at once, also while in use.
 pub(crate) fn unmount(target: &Path, detach: bool) -> io::Result<()> {
     let flags = if detach {

@@ -1,34 +1,26 @@
-//! The FUSE server: the only place that knows which one is used.
-//!
-//! Requests are read by one thread for each mount and each handed to a task of its own, so a slow
-//! one delays no other. The server in use cannot pass interrupts on; [`crate::caller`] stands in
-//! for what waits longest, locks.
+//! A volume as a FUSE file system.
 
-mod adapter;
 mod convert;
+mod filesystem;
 mod handles;
 
-use adapter::Adapter;
-use fuser::{INodeNo, Session, SessionACL};
+use crate::mountpoint::TYPE;
+pub(crate) use filesystem::VolumeFilesystem;
 use lazarette_client::Volume;
-use std::io;
-use std::os::fd::OwnedFd;
+use lazarette_fuse::abi::Capabilities;
+use lazarette_fuse::{Config, MountOptions, Notifier, Session, SessionError, Terms};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use tokio::sync::oneshot;
 
-/// Tells the kernel to forget what it caches. Never called on the thread that reads requests: the
-/// kernel may have to wait for replies before it can drop pages.
+/// Tells the kernel to forget what it caches.
 #[derive(Clone, Default)]
-struct Invalidator(Arc<OnceLock<fuser::Notifier>>);
+struct Invalidator(Arc<OnceLock<Notifier>>);
 
 impl Invalidator {
     async fn send(&self, ino: u64, offset: i64) {
-        let notifier = self.0.clone();
-        let task = tokio::task::spawn_blocking(move || match notifier.get() {
-            Some(notifier) => notifier.inval_inode(INodeNo(ino), offset, 0),
-            None => Ok(()),
-        });
-        if let Ok(Err(error)) = task.await {
+        // Set right after the session has begun: there is nothing to forget before.
+        let Some(notifier) = self.0.get() else { return };
+        if let Err(error) = notifier.inval_inode(ino, offset, 0).await {
             tracing::warn!(%error, ino, "cannot invalidate the kernel's cache");
         }
     }
@@ -44,19 +36,45 @@ impl Invalidator {
     }
 }
 
-/// Serves a mounted connection. The receiver resolves when the kernel has ended it: unmounted and
-/// no longer in use.
-pub(crate) fn serve(device: OwnedFd, volume: Volume) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+/// Mounts the volume at a folder and serves it.
+pub(crate) async fn mount(
+    volume: Volume,
+    target: &Path,
+    read_only: bool,
+) -> Result<Session<VolumeFilesystem>, SessionError> {
+    let defaults = Terms::default();
+    let terms = Terms {
+        wanted: defaults.wanted
+            | Capabilities::CACHE_SYMLINKS
+            // Without it the kernel asks for security.capability before every write.
+            | Capabilities::HANDLE_KILLPRIV_V2
+            // Shared mappings of files that are open to append.
+            | Capabilities::DIRECT_IO_ALLOW_MMAP,
+        required: Capabilities::POSIX_LOCKS
+            | Capabilities::FLOCK_LOCKS
+            | Capabilities::ATOMIC_O_TRUNC
+            | Capabilities::AUTO_INVAL_DATA,
+        ..defaults
+    };
+    let options = MountOptions {
+        source: format!("lazarette:{}", volume.id()),
+        subtype: TYPE.trim_start_matches("fuse.").into(),
+        allow_other: true,
+        read_only,
+        suid: true,
+        max_read: Some(terms.max_write),
+        ..MountOptions::default()
+    };
+    let config = Config {
+        terms,
+        // Handlers wait for the network at once, which frees their reader.
+        readers: 2,
+        histograms: true,
+        ..Config::default()
+    };
     let invalidator = Invalidator::default();
-    let adapter = Adapter::new(volume, invalidator.clone());
-    let mut config = fuser::Config::default();
-    config.acl = SessionACL::All;
-    config.n_threads = Some(1);
-    let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
+    let filesystem = VolumeFilesystem::new(volume, invalidator.clone());
+    let session = Session::mount(filesystem, target, options, config).await?;
     let _ = invalidator.0.set(session.notifier());
-    let (sender, receiver) = oneshot::channel();
-    std::thread::Builder::new().name("fuse".into()).spawn(move || {
-        let _ = sender.send(session.run());
-    })?;
-    Ok(receiver)
+    Ok(session)
 }

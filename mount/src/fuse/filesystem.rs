@@ -1,0 +1,500 @@
+use super::Invalidator;
+use super::convert::{
+    attr, attributes, entry, errno, kind_of_mode, lock, lock_range, set_attributes, unknown_handle, xattr_mode,
+};
+use super::handles::{Ahead, Handles};
+use bytes::Bytes;
+use lazarette_client as client;
+use lazarette_client::{File, LockKind, LockOwner, NewNode, OpenMode, SetAttributes, Volume};
+use lazarette_fuse::abi::OpenReplyFlags;
+use lazarette_fuse::attributes::{Lock, LockKind as Requested};
+use lazarette_fuse::operation::{
+    Create, Fallocate, Flush, Forget, Fsync, Getattr, Getxattr, Link, Listxattr, LockRequest, Lookup, Mkdir, Mknod,
+    Open, Read, Readdir, Readlink, Release, Remove, Removexattr, Rename, Setattr, Setxattr, StatfsQuery, Symlink,
+    Write,
+};
+use lazarette_fuse::{
+    Attr, Attributes, Data, Entry, Errno, Filesystem, Kind, Listed, Listing, Opened, Request, Result, Statfs,
+};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::Arc;
+
+/// Entries asked for at a time when a directory is listed.
+const LISTING: u32 = 256;
+/// Directory offsets 1 and 2 are "." and ".."; the owner's cookies follow.
+const DOTS: u64 = 2;
+/// For "..", whose number nobody needs: as libfuse has it.
+const UNKNOWN_INODE: u64 = 0xffff_ffff;
+/// Inodes that statfs reports as free: there is no limit.
+const FREE_INODES: u64 = 1 << 40;
+
+const O_DSYNC: u32 = 0o10_000;
+const O_TRUNC: u32 = 0o1000;
+const O_EXCL: u32 = 0o200;
+const O_APPEND: u32 = 0o2000;
+const S_ISUID: u32 = 0o4000;
+const S_ISGID: u32 = 0o2000;
+const S_IXGRP: u32 = 0o10;
+const RENAME_NOREPLACE: u32 = 1;
+const RENAME_EXCHANGE: u32 = 2;
+
+/// A volume as the kernel sees it.
+pub(crate) struct VolumeFilesystem {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    volume: Volume,
+    handles: Handles,
+    invalidator: Invalidator,
+}
+
+/// Access control lists are not kept, and saying so here saves asking the owner about every file.
+fn refuse_acl(name: &OsStr) -> Result<()> {
+    if name.as_bytes().starts_with(b"system.posix_acl_") {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    Ok(())
+}
+
+fn open_mode(flags: u32) -> OpenMode {
+    OpenMode {
+        append: flags & O_APPEND != 0,
+        truncate: flags & O_TRUNC != 0,
+    }
+}
+
+fn node(kind: client::Kind, mode: u32, request: &Request) -> NewNode {
+    NewNode {
+        kind,
+        mode: mode & 0o7777,
+        uid: request.uid(),
+        gid: request.gid(),
+        rdev: 0,
+        target: Bytes::new(),
+    }
+}
+
+/// The mode without the bits that must not survive a change by another than the owner.
+fn without_privileges(mode: u32) -> Option<u32> {
+    let mut drop = mode & S_ISUID;
+    if mode & S_IXGRP != 0 {
+        drop |= mode & S_ISGID;
+    }
+    (drop != 0).then_some(mode & !drop)
+}
+
+impl Shared {
+    fn file(&self, handle: u64) -> client::Result<Arc<File>> {
+        self.handles.file(handle).ok_or_else(unknown_handle)
+    }
+
+    /// Drops set-id bits; the kernel leaves it to us to know when.
+    async fn drop_privileges(&self, entry: client::Entry) -> client::Result<client::Entry> {
+        match without_privileges(entry.attr.mode) {
+            Some(mode) if entry.attr.kind() == client::Kind::File => {
+                let set = SetAttributes {
+                    mode: Some(mode),
+                    ..SetAttributes::default()
+                };
+                self.volume.set_attr(entry.attr.ino, set).await
+            }
+            _ => Ok(entry),
+        }
+    }
+
+    /// A new handle, and how the kernel is to treat it. Pages from before stay only if the file has
+    /// not changed since; attributes that the kernel may still hold are dropped with them.
+    async fn opened(&self, file: File, entry: &client::Entry, created: bool) -> Opened {
+        let mut flags = OpenReplyFlags::empty();
+        if file.appends() {
+            // The kernel's idea of the end of the file must not get in the way.
+            flags |= OpenReplyFlags::DIRECT_IO;
+        } else if self.handles.note_cached(entry.attr.ino, entry.attr.change) {
+            flags |= OpenReplyFlags::KEEP_CACHE;
+        } else if !created {
+            self.invalidator.attributes(entry.attr.ino).await;
+        }
+        Opened {
+            handle: self.handles.add_file(file),
+            flags,
+            backing: 0,
+        }
+    }
+
+    async fn set_attr(&self, set: Setattr) -> client::Result<client::Entry> {
+        let entry = self.volume.set_attr(set.node, set_attributes(&set)).await?;
+        let chown = (set.uid.is_some() || set.gid.is_some()) && set.mode.is_none();
+        if chown || set.kill_suidgid {
+            return self.drop_privileges(entry).await;
+        }
+        Ok(entry)
+    }
+
+    async fn open(&self, open: Open) -> client::Result<Opened> {
+        let (file, mut entry) = self.volume.open(open.node, open_mode(open.flags)).await?;
+        if open.kill_suidgid {
+            entry = self.drop_privileges(entry).await?;
+        }
+        Ok(self.opened(file, &entry, false).await)
+    }
+
+    async fn write(&self, write: &Write) -> client::Result<()> {
+        let file = self.file(write.handle)?;
+        if write.kill_suidgid && without_privileges(file.attr().mode).is_some() {
+            let entry = self.volume.get_attr(file.ino()).await?;
+            self.drop_privileges(entry).await?;
+        }
+        if write.from_cache {
+            // Pages of a shared mapping, through whichever handle the kernel found.
+            return file.write_at(write.offset, &write.data).await;
+        }
+        file.write(write.offset, &write.data).await?;
+        if write.flags & O_DSYNC != 0 && !file.appends() {
+            file.fsync().await?;
+        }
+        Ok(())
+    }
+
+    /// Entries after the offset, from what was read ahead or from the owner.
+    async fn list(&self, ino: u64, offset: u64, ahead: &mut Ahead) -> client::Result<()> {
+        let after = offset.saturating_sub(DOTS);
+        let known = ahead.fresh_until.is_some() && ahead.after == after && offset > 0;
+        if known && (!ahead.entries.is_empty() || ahead.end) {
+            return Ok(());
+        }
+        let asked = tokio::time::Instant::now();
+        let (entries, end, ttl) = self.volume.read_dir(ino, after, LISTING).await?;
+        *ahead = Ahead {
+            entries: entries.into(),
+            after,
+            end,
+            fresh_until: Some(asked + ttl),
+        };
+        Ok(())
+    }
+
+    async fn lock(&self, request: LockRequest) -> client::Result<()> {
+        let file = self.file(request.handle)?;
+        let range = lock_range(&request);
+        if request.lock.kind == Requested::Unlock {
+            file.lock(range, false).await?;
+            return Ok(());
+        }
+        let before = file.attr().change;
+        let entry = file.lock(range, request.wait).await?;
+        // Whoever had the lock before may have written.
+        if entry.attr.change != before || entry.ttl.is_zero() {
+            self.handles.note_cached(entry.attr.ino, entry.attr.change);
+            self.invalidator.all(entry.attr.ino).await;
+        }
+        Ok(())
+    }
+
+    async fn release(&self, release: Release) {
+        let Some(file) = self.handles.remove_file(release.handle) else {
+            return;
+        };
+        if release.flock_unlock
+            && let Err(error) = file.unlock_all(LockKind::Flock, LockOwner(release.lock_owner)).await
+        {
+            tracing::warn!(%error, ino = file.ino(), "cannot release a lock at close");
+        }
+        if let Err(error) = file.close().await {
+            tracing::warn!(%error, ino = file.ino(), "closing a file failed after its last close(2)");
+        }
+    }
+}
+
+impl VolumeFilesystem {
+    pub(super) fn new(volume: Volume, invalidator: Invalidator) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                volume,
+                handles: Handles::default(),
+                invalidator,
+            }),
+        }
+    }
+
+    /// Runs a change to its end, also when the caller is killed meanwhile: what this client knows of
+    /// the volume is updated by its answer.
+    async fn change<T: Send + 'static, F>(&self, work: impl FnOnce(Arc<Shared>) -> F) -> Result<T>
+    where
+        F: Future<Output = client::Result<T>> + Send + 'static,
+    {
+        match tokio::spawn(work(self.shared.clone())).await {
+            Ok(result) => result.map_err(errno),
+            Err(_) => Err(Errno::EIO),
+        }
+    }
+
+    async fn make(&self, parent: u64, name: &OsStr, node: NewNode) -> Result<Entry> {
+        let name = name.as_bytes().to_vec();
+        self.change(|fs| async move { fs.volume.make(parent, &name, node).await })
+            .await
+            .map(entry)
+    }
+}
+
+impl Filesystem for VolumeFilesystem {
+    async fn lookup(&self, _: &Request, lookup: Lookup<'_>) -> Result<Entry> {
+        let found = self.shared.volume.lookup(lookup.parent, lookup.name.as_bytes()).await;
+        found.map(entry).map_err(errno)
+    }
+
+    fn forget(&self, forgets: &[Forget]) {
+        for forget in forgets {
+            self.shared.handles.forget(forget.node);
+        }
+    }
+
+    async fn getattr(&self, _: &Request, getattr: Getattr) -> Result<Attributes> {
+        let found = self.shared.volume.get_attr(getattr.node).await;
+        found.map(attributes).map_err(errno)
+    }
+
+    async fn setattr(&self, _: &Request, setattr: Setattr) -> Result<Attributes> {
+        self.change(|fs| async move { fs.set_attr(setattr).await })
+            .await
+            .map(attributes)
+    }
+
+    async fn readlink(&self, _: &Request, readlink: Readlink) -> Result<OsString> {
+        let target = self.shared.volume.read_link(readlink.node).await.map_err(errno)?;
+        Ok(OsString::from_vec(target.to_vec()))
+    }
+
+    async fn symlink(&self, request: &Request, symlink: Symlink<'_>) -> Result<Entry> {
+        let node = NewNode {
+            target: Bytes::copy_from_slice(symlink.target.as_bytes()),
+            ..node(client::Kind::Symlink, 0o777, request)
+        };
+        self.make(symlink.parent, symlink.name, node).await
+    }
+
+    async fn mknod(&self, request: &Request, mknod: Mknod<'_>) -> Result<Entry> {
+        let node = NewNode {
+            rdev: mknod.rdev,
+            ..node(kind_of_mode(mknod.mode)?, mknod.mode, request)
+        };
+        self.make(mknod.parent, mknod.name, node).await
+    }
+
+    async fn mkdir(&self, request: &Request, mkdir: Mkdir<'_>) -> Result<Entry> {
+        let node = node(client::Kind::Directory, mkdir.mode, request);
+        self.make(mkdir.parent, mkdir.name, node).await
+    }
+
+    async fn unlink(&self, _: &Request, remove: Remove<'_>) -> Result<()> {
+        let name = remove.name.as_bytes().to_vec();
+        self.change(|fs| async move { fs.volume.unlink(remove.parent, &name).await })
+            .await
+    }
+
+    async fn rmdir(&self, _: &Request, remove: Remove<'_>) -> Result<()> {
+        let name = remove.name.as_bytes().to_vec();
+        self.change(|fs| async move { fs.volume.rmdir(remove.parent, &name).await })
+            .await
+    }
+
+    async fn rename(&self, _: &Request, rename: Rename<'_>) -> Result<()> {
+        // Whiteouts are for layers of overlayfs, which needs more than them.
+        if rename.flags & !(RENAME_NOREPLACE | RENAME_EXCHANGE) != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let no_replace = rename.flags & RENAME_NOREPLACE != 0;
+        let exchange = rename.flags & RENAME_EXCHANGE != 0;
+        let (parent, name) = (rename.parent, rename.name.as_bytes().to_vec());
+        let (new_parent, new_name) = (rename.new_parent, rename.new_name.as_bytes().to_vec());
+        self.change(|fs| async move {
+            let (from, to) = ((parent, &name[..]), (new_parent, &new_name[..]));
+            fs.volume.rename(from, to, no_replace, exchange).await
+        })
+        .await
+    }
+
+    async fn link(&self, _: &Request, link: Link<'_>) -> Result<Entry> {
+        let name = link.new_name.as_bytes().to_vec();
+        self.change(|fs| async move { fs.volume.link(link.node, link.new_parent, &name).await })
+            .await
+            .map(entry)
+    }
+
+    async fn open(&self, _: &Request, open: Open) -> Result<Opened> {
+        self.change(|fs| async move { fs.open(open).await }).await
+    }
+
+    async fn create(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
+        let node = node(client::Kind::File, create.mode, request);
+        let (parent, name) = (create.parent, create.name.as_bytes().to_vec());
+        let exclusive = create.flags & O_EXCL != 0;
+        let mode = open_mode(create.flags);
+        self.change(|fs| async move {
+            let (file, found) = fs.volume.create(parent, &name, node, exclusive, mode).await?;
+            let opened = fs.opened(file, &found, true).await;
+            Ok((entry(found), opened))
+        })
+        .await
+    }
+
+    async fn read(&self, _: &Request, read: Read) -> Result<Data> {
+        let file = self.shared.file(read.handle).map_err(errno)?;
+        let data = file.read(read.offset, read.size).await;
+        data.map(Data::from).map_err(errno)
+    }
+
+    async fn write(&self, _: &Request, write: Write) -> Result<u32> {
+        let taken = write.data.len() as u32;
+        self.change(|fs| async move { fs.write(&write).await }).await?;
+        Ok(taken)
+    }
+
+    /// What close(2) does: everything flushed, the process's POSIX locks released.
+    async fn flush(&self, _: &Request, flush: Flush) -> Result<()> {
+        let file = self.shared.file(flush.handle).map_err(errno)?;
+        let flushed = file.fsync().await;
+        let unlocked = file.unlock_all(LockKind::Posix, LockOwner(flush.lock_owner)).await;
+        flushed.and(unlocked).map_err(errno)
+    }
+
+    async fn release(&self, _: &Request, release: Release) -> Result<()> {
+        self.shared.release(release).await;
+        Ok(())
+    }
+
+    async fn fsync(&self, _: &Request, fsync: Fsync) -> Result<()> {
+        let file = self.shared.file(fsync.handle).map_err(errno)?;
+        file.fsync().await.map_err(errno)
+    }
+
+    async fn opendir(&self, _: &Request, _: Open) -> Result<Opened> {
+        Ok(Opened {
+            handle: self.shared.handles.add_directory(),
+            ..Opened::default()
+        })
+    }
+
+    async fn readdir(&self, _: &Request, readdir: Readdir, listing: &mut Listing) -> Result<()> {
+        let (ino, offset) = (readdir.node, readdir.offset);
+        let ahead = self.shared.handles.directory(readdir.handle);
+        let ahead = ahead.ok_or_else(|| errno(unknown_handle()))?;
+        let mut ahead = ahead.lock().await;
+        self.shared.list(ino, offset, &mut ahead).await.map_err(errno)?;
+        for (cookie, ino, name) in [(1, ino, "."), (2, UNKNOWN_INODE, "..")] {
+            if offset < cookie && listing.add(ino, cookie, Kind::Directory, OsStr::new(name)) == Listed::Full {
+                return Ok(());
+            }
+        }
+        let ttl = ahead.ttl();
+        while let Some(next) = ahead.entries.front() {
+            let cookie = next.cookie;
+            let attr = next.attr.as_ref().map_or_else(Attr::default, attr);
+            let entry = Entry {
+                node: attr.ino,
+                generation: 0,
+                attr,
+                attr_ttl: ttl,
+                entry_ttl: ttl,
+            };
+            if listing.add_plus(&entry, cookie + DOTS, OsStr::from_bytes(&next.name)) == Listed::Full {
+                break;
+            }
+            ahead.entries.pop_front();
+            ahead.after = cookie;
+        }
+        Ok(())
+    }
+
+    async fn releasedir(&self, _: &Request, release: Release) -> Result<()> {
+        self.shared.handles.remove_directory(release.handle);
+        Ok(())
+    }
+
+    async fn fsyncdir(&self, _: &Request, _: Fsync) -> Result<()> {
+        // Every metadata operation was durable when it was answered.
+        Ok(())
+    }
+
+    async fn statfs(&self, _: &Request, _: StatfsQuery) -> Result<Statfs> {
+        const BLOCK: u64 = 4096;
+        let stat = self.shared.volume.stat_fs().await.map_err(errno)?;
+        let free = stat.size_bytes.saturating_sub(stat.used_bytes) / BLOCK;
+        Ok(Statfs {
+            blocks: stat.size_bytes / BLOCK,
+            free,
+            available: free,
+            files: stat.used_inodes.saturating_add(FREE_INODES),
+            free_files: FREE_INODES,
+            bsize: BLOCK as u32,
+            name_max: lazarette_types::NAME_MAX as u32,
+            frsize: BLOCK as u32,
+        })
+    }
+
+    async fn setxattr(&self, _: &Request, setxattr: Setxattr<'_>) -> Result<()> {
+        refuse_acl(setxattr.name)?;
+        let mode = xattr_mode(setxattr.flags)?;
+        let (ino, name, value) = (
+            setxattr.node,
+            setxattr.name.as_bytes().to_vec(),
+            setxattr.value.to_vec(),
+        );
+        self.change(|fs| async move { fs.volume.set_xattr(ino, &name, &value, mode).await })
+            .await
+    }
+
+    async fn getxattr(&self, _: &Request, getxattr: Getxattr<'_>) -> Result<Bytes> {
+        refuse_acl(getxattr.name)?;
+        let value = self.shared.volume.get_xattr(getxattr.node, getxattr.name.as_bytes());
+        value.await.map_err(errno)
+    }
+
+    async fn listxattr(&self, _: &Request, listxattr: Listxattr) -> Result<Bytes> {
+        let names = self.shared.volume.list_xattr(listxattr.node).await.map_err(errno)?;
+        let mut all = Vec::new();
+        for name in names {
+            all.extend_from_slice(&name);
+            all.push(0);
+        }
+        Ok(all.into())
+    }
+
+    async fn removexattr(&self, _: &Request, removexattr: Removexattr<'_>) -> Result<()> {
+        refuse_acl(removexattr.name)?;
+        let (ino, name) = (removexattr.node, removexattr.name.as_bytes().to_vec());
+        self.change(|fs| async move { fs.volume.remove_xattr(ino, &name).await })
+            .await
+    }
+
+    async fn getlk(&self, _: &Request, request: LockRequest) -> Result<Lock> {
+        let file = self.shared.file(request.handle).map_err(errno)?;
+        let held = file.test_lock(lock_range(&request)).await;
+        held.map(lock).map_err(errno)
+    }
+
+    async fn setlk(&self, _: &Request, request: LockRequest) -> Result<()> {
+        // Not to its end at any price: whoever gives up waiting shall not get the lock.
+        self.shared.lock(request).await.map_err(errno)
+    }
+
+    async fn fallocate(&self, _: &Request, fallocate: Fallocate) -> Result<()> {
+        if fallocate.mode != 0 {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        self.change(|fs| async move {
+            let ino = fs.file(fallocate.handle)?.ino();
+            let end = fallocate.offset.saturating_add(fallocate.length);
+            if fs.volume.get_attr(ino).await?.attr.size < end {
+                let set = SetAttributes {
+                    size: Some(end),
+                    ..SetAttributes::default()
+                };
+                fs.volume.set_attr(ino, set).await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
