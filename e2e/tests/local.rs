@@ -1,50 +1,14 @@
 //! The storage part on a local cluster of real processes: etcd, three storage nodes, mount daemons.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use lazarette_e2e::local::LocalCluster;
 use lazarette_e2e::story::{self, Mounts, Quiet};
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
-
-/// A cluster in a temporary folder, stopped also when the test fails.
-struct Cluster {
-    inner: LocalCluster,
-    dir: Option<tempfile::TempDir>,
-}
-
-impl Cluster {
-    async fn up() -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("lazarette-local-")
-            .tempdir_in("/var/tmp")
-            .unwrap();
-        let inner = LocalCluster::up(dir.path(), Some(3)).await.unwrap();
-        Self { inner, dir: Some(dir) }
-    }
-
-    async fn down(mut self) {
-        self.inner.wipe().await.unwrap();
-        self.dir.take();
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        let Some(dir) = self.dir.take() else { return };
-        // The test has failed: stop everything, keep the logs.
-        let inner = self.inner.clone();
-        let stopping = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Runtime::new().unwrap();
-            runtime.block_on(inner.down())
-        });
-        eprintln!(
-            "stopped: {:?}; logs are in {}",
-            stopping.join(),
-            dir.keep().join("logs").display()
-        );
-    }
-}
+use support::Cluster;
 
 #[tokio::test]
 async fn the_story() {

@@ -1,5 +1,6 @@
 //! What a storage node counts, in OpenMetrics.
 
+use crate::chunk::FileChunkStore;
 use crate::meta::owner;
 use crate::replication::Replicas;
 use lazarette_telemetry::Registry;
@@ -20,6 +21,7 @@ pub(crate) struct NodeMetrics {
 struct Parts {
     replicas: Replicas,
     owners: Arc<owner::Metrics>,
+    chunks: Arc<FileChunkStore>,
 }
 
 impl fmt::Debug for NodeMetrics {
@@ -33,9 +35,13 @@ impl NodeMetrics {
         registry.register_collector(Box::new(self.clone()));
     }
 
-    pub(crate) fn observe(&self, replicas: Replicas, owners: Arc<owner::Metrics>) {
+    pub(crate) fn observe(&self, replicas: Replicas, owners: Arc<owner::Metrics>, chunks: Arc<FileChunkStore>) {
         // Joining happens once in a process.
-        let _ = self.parts.set(Parts { replicas, owners });
+        let _ = self.parts.set(Parts {
+            replicas,
+            owners,
+            chunks,
+        });
     }
 }
 
@@ -65,6 +71,11 @@ impl Collector for NodeMetrics {
                 &owners.expired_sessions,
             ),
             (
+                "meta_damaged",
+                "Recoveries of a volume that met damaged or missing metadata",
+                &owners.damaged,
+            ),
+            (
                 "meta_removed_files",
                 "Deleted files whose chunks were removed",
                 &owners.removed_files,
@@ -72,6 +83,9 @@ impl Collector for NodeMetrics {
         ] {
             counter(name, help, value.load(Ordering::Relaxed))?;
         }
+        let chunks = parts.chunks.stats();
+        counter("chunk_damaged", "Calls that met a damaged chunk", chunks.damaged)?;
+        counter("chunk_refused", "Malformed calls of the chunk store", chunks.refused)?;
         let backlog = parts.replicas.repair_backlog();
         for (name, help, value) in [
             (
@@ -88,6 +102,11 @@ impl Collector for NodeMetrics {
                 "leading_replica_sets",
                 "Replica sets of which this node is primary",
                 parts.replicas.leading().len() as u64,
+            ),
+            (
+                "chunk_log_bytes",
+                "Bytes of the chunk store's log not yet folded",
+                chunks.log_bytes,
             ),
         ] {
             let metric = ConstGauge::new(value as i64);

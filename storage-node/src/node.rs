@@ -252,7 +252,7 @@ impl Joined {
         let leave = CancellationToken::new();
         let manager = Manager::new(context, Arc::clone(&shards), view.clone());
         let manager = tokio::spawn(manager.run(leave.clone()));
-        metrics.observe(replicas.clone(), owners);
+        metrics.observe(replicas.clone(), owners, Arc::clone(&chunks));
         Ok(Self {
             keys,
             store,

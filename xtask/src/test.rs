@@ -33,6 +33,7 @@ const PARTS: &[Part] = &[
             "--workspace",
             "--features=lazarette-e2e/machine",
             "--test=local",
+            "--test=csi",
             "--",
             "--test-threads=1",
         ],

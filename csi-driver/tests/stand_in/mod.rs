@@ -1,6 +1,6 @@
 //! Stand-ins for the other processes, for tests of the driver alone: a Cluster service in memory
-//! and a mount daemon that mounts a tmpfs where the real one mounts the volume. The same tests run
-//! against the real ones if `LAZARETTE_TEST_ENDPOINT` and `LAZARETTE_TEST_MOUNT_SOCKET` are set.
+//! and a mount daemon that mounts a tmpfs where the real one mounts the volume. The conformance tests
+//! of the whole are in `e2e/tests/csi.rs`.
 
 // Each test file is a crate of its own and uses a part.
 #![allow(dead_code, unreachable_pub)]

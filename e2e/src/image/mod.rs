@@ -50,6 +50,14 @@ pub struct Archive {
     pub digest: String,
 }
 
+impl Archive {
+    /// Bytes of the image, uncompressed.
+    pub fn size(&self) -> Result<u64> {
+        let file = fs::metadata(&self.path).with_context(|| format!("look at {}", self.path.display()))?;
+        Ok(file.len())
+    }
+}
+
 impl Image {
     /// An empty image with a `/tmp` and the files that name resolution expects.
     pub fn new(name: impl Into<String>) -> Self {

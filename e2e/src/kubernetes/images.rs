@@ -5,22 +5,13 @@ use anyhow::{Context, Result};
 
 use crate::image::{self, Image};
 use crate::tools::cache_dir;
-use crate::{build, story};
+use crate::story;
 
 /// The image of the pods that use volumes: a shell, the workload and a source tree.
 pub(super) const WORKLOAD: &str = "localhost/lazarette-workload:dev";
 
-/// Every image that the installation and the story need, built from this checkout.
-pub(super) async fn all() -> Result<Vec<Image>> {
-    let binaries = build::all().await?;
-    let mut images = image::sidecars().await?;
-    images.push(image::etcd().await?);
-    images.push(image::lazarette(&binaries)?);
-    images.push(workload(&binaries).await?);
-    Ok(images)
-}
-
-async fn workload(binaries: &Path) -> Result<Image> {
+/// The image of the story's pods.
+pub(super) async fn workload(binaries: &Path) -> Result<Image> {
     let tree = tree_archive().await?;
     let workload = image::busybox()
         .await?

@@ -8,8 +8,8 @@ use lazarette_proto::cluster::cluster_client::ClusterClient;
 use serde_json::Value;
 use tonic::transport::Channel;
 
-use super::images;
-use crate::image::LAZARETTE;
+use super::{images, numbers};
+use crate::image::{self, LAZARETTE};
 use crate::lab::Lab;
 use crate::story::Narrator;
 use crate::tools::Tool;
@@ -38,7 +38,10 @@ impl Installation {
     /// it is available. On a lab where this was done before it brings everything up to date.
     pub async fn up(lab: Lab, narrator: &dyn Narrator) -> Result<Self> {
         narrator.step("building the programs and images, loading them into the nodes");
-        lab.load(&images::all().await?).await?;
+        let binaries = build::all().await?;
+        let archives = lab.load(&image::chart(&binaries).await?).await?;
+        narrator.fact(&numbers::image_sizes(&archives)?);
+        lab.load(&[images::workload(&binaries).await?]).await?;
         let this = Self { lab };
         narrator.step("helm install");
         let started = Instant::now();

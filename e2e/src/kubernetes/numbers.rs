@@ -5,6 +5,19 @@ use anyhow::Result;
 
 use super::install::{Installation, NAMESPACE};
 use crate::build;
+use crate::image::Archive;
+
+/// One line with the size of each image.
+pub(super) fn image_sizes(archives: &[Archive]) -> Result<String> {
+    let sizes: Vec<_> = archives
+        .iter()
+        .map(|archive| {
+            let name = archive.name.rsplit('/').next().unwrap_or_default();
+            Ok(format!("{name} {} MB", archive.size()? / 1_000_000))
+        })
+        .collect::<Result<_>>()?;
+    Ok(format!("images: {}", sizes.join(", ")))
+}
 
 /// Resident memory of each of Lazarette's programs, the largest process of each kind.
 pub(super) async fn memory(installation: &Installation) -> Result<Vec<String>> {

@@ -61,13 +61,15 @@ impl Lab {
     }
 
     /// Builds images (into the cache) and imports them into every node that lacks them.
-    pub async fn load(&self, images: &[Image]) -> Result<()> {
+    pub async fn load(&self, images: &[Image]) -> Result<Vec<Archive>> {
         let folder = cache_dir().join("images");
+        let mut archives = Vec::new();
         for image in images {
             let archive = image.build(&folder).await?;
             self.import(&archive).await?;
+            archives.push(archive);
         }
-        Ok(())
+        Ok(archives)
     }
 
     /// Imports an image into every node that lacks it.

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 /// Bytes of a record.
 const RECORD: usize = 4096;
-/// Records in a data file.
-const PER_FILE: u64 = 256;
+/// Files that the records go to in turn: on several replica sets, so that each of them is in use all
+/// the time.
+const FILES: u64 = 8;
 
 /// What a steady writer did. Times in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,11 +31,12 @@ pub fn steady(dir: &Path, mut stop: impl FnMut() -> bool) -> Result<Report> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let mut report = Report::default();
     let mut times = Vec::new();
-    let mut file: Option<(u64, File)> = None;
+    let options = OpenOptions::new().create(true).truncate(false).write(true).clone();
+    let files = open_files(dir, &options)?;
     let mut number = 0;
     while !stop() {
         let started = Instant::now();
-        match write(dir, number, &mut file) {
+        match write(dir, number, &files) {
             Ok(()) => report.acknowledged = number + 1,
             Err(error) => {
                 report.errors.push(format!("record {number}: {error:#}"));
@@ -52,23 +54,23 @@ pub fn steady(dir: &Path, mut stop: impl FnMut() -> bool) -> Result<Report> {
     Ok(report)
 }
 
-fn write(dir: &Path, number: u64, file: &mut Option<(u64, File)>) -> Result<()> {
-    let (index, slot) = (number / PER_FILE, number % PER_FILE);
-    if file.as_ref().is_none_or(|(open, _)| *open != index) {
-        let path = data_path(dir, index);
-        let new = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("open {}", path.display()))?;
-        *file = Some((index, new));
-    }
-    if let Some((_, data)) = file {
-        data.write_all_at(&record(number), slot * RECORD as u64)
-            .context("write")?;
-        data.sync_all().context("fsync")?;
-    }
+fn open_files(dir: &Path, options: &OpenOptions) -> Result<Vec<File>> {
+    let open = |index| {
+        let path = dir.join(format!("data-{index}"));
+        options.open(&path).with_context(|| format!("open {}", path.display()))
+    };
+    (0..FILES).map(open).collect()
+}
+
+/// The file that holds a record, and the record's offset in it.
+fn place(files: &[File], number: u64) -> (&File, u64) {
+    (&files[(number % FILES) as usize], number / FILES * RECORD as u64)
+}
+
+fn write(dir: &Path, number: u64, files: &[File]) -> Result<()> {
+    let (file, offset) = place(files, number);
+    file.write_all_at(&record(number), offset).context("write")?;
+    file.sync_all().context("fsync")?;
     if number.is_multiple_of(16) {
         let (new, final_path) = marker_paths(dir, number);
         File::create_new(&new).context("create")?;
@@ -79,20 +81,13 @@ fn write(dir: &Path, number: u64, file: &mut Option<(u64, File)>) -> Result<()> 
 
 /// Checks that everything is there that [`steady`] was told is safe.
 pub fn verify(dir: &Path, acknowledged: u64) -> Result<()> {
-    let mut file: Option<(u64, File)> = None;
+    let files = open_files(dir, OpenOptions::new().read(true))?;
     let mut found = vec![0; RECORD];
     for number in 0..acknowledged {
-        let (index, slot) = (number / PER_FILE, number % PER_FILE);
-        if file.as_ref().is_none_or(|(open, _)| *open != index) {
-            let path = data_path(dir, index);
-            let open = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-            file = Some((index, open));
-        }
-        if let Some((_, data)) = &file {
-            data.read_exact_at(&mut found, slot * RECORD as u64)
-                .with_context(|| format!("read record {number}"))?;
-            ensure!(found == record(number), "record {number} is damaged");
-        }
+        let (file, offset) = place(&files, number);
+        file.read_exact_at(&mut found, offset)
+            .with_context(|| format!("read record {number}"))?;
+        ensure!(found == record(number), "record {number} is damaged");
         if number.is_multiple_of(16) {
             let (new, final_path) = marker_paths(dir, number);
             ensure!(final_path.exists(), "file {} is lost", final_path.display());
@@ -100,10 +95,6 @@ pub fn verify(dir: &Path, acknowledged: u64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn data_path(dir: &Path, index: u64) -> PathBuf {
-    dir.join(format!("data-{index}"))
 }
 
 fn marker_paths(dir: &Path, number: u64) -> (PathBuf, PathBuf) {
@@ -135,8 +126,8 @@ mod tests {
         fs::remove_file(dir.path().join("marker-16")).unwrap();
         assert!(verify(dir.path(), 300).unwrap_err().to_string().contains("marker-16"));
         verify(dir.path(), 16).unwrap();
-        let data = OpenOptions::new().write(true).open(dir.path().join("data-0")).unwrap();
-        data.write_all_at(b"?", 5 * RECORD as u64 + 17).unwrap();
-        assert!(verify(dir.path(), 16).unwrap_err().to_string().contains("record 5"));
+        let data = OpenOptions::new().write(true).open(dir.path().join("data-5")).unwrap();
+        data.write_all_at(b"?", RECORD as u64 + 17).unwrap();
+        assert!(verify(dir.path(), 16).unwrap_err().to_string().contains("record 13"));
     }
 }

@@ -93,6 +93,8 @@ pub struct Metrics {
     pub losses: AtomicU64,
     /// Sessions ended because they were not renewed.
     pub expired_sessions: AtomicU64,
+    /// Recoveries that met a damaged or missing record or page.
+    pub damaged: AtomicU64,
     /// Files whose chunks were removed.
     pub removed_files: AtomicU64,
 }
@@ -136,7 +138,13 @@ impl Shard {
         limits: Limits,
         tuning: Tuning,
     ) -> Result<Self, RecoverError> {
-        let recovered = claim::recover(context, &claim, limits, actor::now()).await?;
+        let recovered = claim::recover(context, &claim, limits, actor::now())
+            .await
+            .inspect_err(|error| {
+                if !matches!(error, RecoverError::Store(_)) {
+                    Metrics::add(&context.metrics.damaged, 1);
+                }
+            })?;
         let (calls, calls_in) = mpsc::channel(QUEUE);
         let (control, control_in) = mpsc::unbounded_channel();
         let (end, ended) = watch::channel(false);

@@ -610,6 +610,7 @@ async fn a_damaged_or_missing_record_is_not_served_over() {
             Err(error) => panic!("{error}"),
             Ok(_) => panic!("served"),
         }
+        assert_eq!(node.metrics.damaged.load(Ordering::Relaxed), 1);
         kill(&node).await;
     }
     change(Op::put(key, good)).await;

@@ -1,0 +1,42 @@
+//! What several test files use.
+
+use lazarette_e2e::local::LocalCluster;
+
+/// A cluster in a temporary folder, stopped also when the test fails.
+pub(crate) struct Cluster {
+    pub(crate) inner: LocalCluster,
+    dir: Option<tempfile::TempDir>,
+}
+
+impl Cluster {
+    pub(crate) async fn up() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("lazarette-local-")
+            .tempdir_in("/var/tmp")
+            .unwrap();
+        let inner = LocalCluster::up(dir.path(), Some(3)).await.unwrap();
+        Self { inner, dir: Some(dir) }
+    }
+
+    pub(crate) async fn down(mut self) {
+        self.inner.wipe().await.unwrap();
+        self.dir.take();
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let Some(dir) = self.dir.take() else { return };
+        // The test has failed: stop everything, keep the logs.
+        let inner = self.inner.clone();
+        let stopping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(inner.down())
+        });
+        eprintln!(
+            "stopped: {:?}; logs are in {}",
+            stopping.join(),
+            dir.keep().join("logs").display()
+        );
+    }
+}
