@@ -1,15 +1,13 @@
 //! From the write buffer to the replica sets and the owner.
 
-use crate::backoff::Backoff;
 use crate::extents::Frozen;
 use crate::inode::{DIRTY_PER_INODE, Inode};
 use crate::metadata;
-use crate::session;
 use crate::volume::Inner;
 use crate::{Error, Result};
 use bytes::Bytes;
 use crc_fast::CrcAlgorithm;
-use lazarette_proto::chunk::{ChunkId, WriteRequest};
+use lazarette_proto::chunk::WriteRequest;
 use lazarette_proto::meta::{Attr, Extend, request::Op, response};
 use lazarette_types::{ErrorCode, spans};
 use std::collections::HashMap;
@@ -207,47 +205,22 @@ impl Inner {
     async fn write_chunk(&self, ino: u64, seed: u32, index: u32, offset: u32, data: Bytes) -> Result<()> {
         let _in_flight = self.in_flight.acquire().await;
         let crc = crc32c(&data);
-        let mut backoff = Backoff::new();
-        let mut maps = self.maps.subscribe();
-        loop {
-            self.lease.held().await?;
-            let map = maps.borrow_and_update().clone();
-            let (set, primary) = map.primary_of(seed, index);
-            let error = match primary {
-                None => Error::new(ErrorCode::Unavailable, format!("replica set {set} has no primary")),
-                Some((epoch, primary)) => {
-                    let mut client = self.cluster.channels().chunk(primary)?;
-                    let request = WriteRequest {
-                        replica_set: set,
-                        epoch,
-                        chunk: Some(ChunkId {
-                            volume: self.id.0,
-                            ino,
-                            index,
-                        }),
-                        offset,
-                        data: data.clone(),
-                        crc,
-                    };
-                    let attempt = async {
-                        tokio::select! {
-                            reply = client.write(request) => reply.map_err(Error::from),
-                            () = tokio::time::sleep(ATTEMPT) => Err(Error::new(ErrorCode::Unavailable, "no answer in time")),
-                            () = session::set_changed(&mut maps, set, &map) => Err(Error::new(ErrorCode::WrongEpoch, "the replica set has changed")),
-                        }
-                    };
-                    match self.lease.unless_dead(attempt).await? {
-                        Ok(_) => return Ok(()),
-                        Err(error) => error,
-                    }
-                }
+        self.at_primary((ino, seed, index), ATTEMPT, |mut client, target| {
+            let request = WriteRequest {
+                replica_set: target.replica_set,
+                epoch: target.epoch,
+                chunk: Some(target.chunk),
+                offset,
+                data: data.clone(),
+                crc,
             };
-            if !error.retryable() {
-                return Err(error);
+            async move {
+                self.lease.held().await?;
+                client.write(request).await?;
+                Ok(())
             }
-            tracing::debug!(%error, ino, index, "write is tried again");
-            self.lease.unless_dead(self.pause(&map, &mut backoff)).await?;
-        }
+        })
+        .await
     }
 }
 

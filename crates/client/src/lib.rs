@@ -22,6 +22,7 @@ mod lock;
 mod map;
 mod metadata;
 mod ops;
+mod primary;
 mod read;
 mod readahead;
 mod session;

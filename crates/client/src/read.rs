@@ -1,13 +1,11 @@
 //! Reading: what the replica sets hold, with unflushed bytes over it.
 
-use crate::backoff::Backoff;
 use crate::flush::crc32c;
 use crate::inode::{Inode, State};
-use crate::session;
 use crate::volume::Inner;
 use crate::{Error, Result};
 use bytes::{Bytes, BytesMut};
-use lazarette_proto::chunk::{ChunkId, ReadRequest};
+use lazarette_proto::chunk::ReadRequest;
 use lazarette_types::{ErrorCode, spans};
 use std::time::Duration;
 
@@ -91,54 +89,26 @@ impl Inner {
 
     /// Bytes of one chunk; fewer than asked for where the chunk ends.
     async fn read_chunk(&self, ino: u64, seed: u32, index: u32, offset: u32, length: u32) -> Result<Bytes> {
-        let mut backoff = Backoff::new();
-        let mut maps = self.maps.subscribe();
-        loop {
-            let map = maps.borrow_and_update().clone();
-            let (set, primary) = map.primary_of(seed, index);
-            let error = match primary {
-                None => Error::new(ErrorCode::Unavailable, format!("replica set {set} has no primary")),
-                Some((epoch, primary)) => {
-                    let mut client = self.cluster.channels().chunk(primary)?;
-                    let request = ReadRequest {
-                        replica_set: set,
-                        epoch,
-                        chunk: Some(ChunkId {
-                            volume: self.id.0,
-                            ino,
-                            index,
-                        }),
-                        offset,
-                        length,
-                    };
-                    let attempt = async {
-                        tokio::select! {
-                            reply = client.read(request) => reply.map_err(Error::from),
-                            () = tokio::time::sleep(ATTEMPT) => Err(Error::new(ErrorCode::Unavailable, "no answer in time")),
-                            () = session::set_changed(&mut maps, set, &map) => Err(Error::new(ErrorCode::WrongEpoch, "the replica set has changed")),
-                        }
-                    };
-                    match self.lease.unless_dead(attempt).await? {
-                        Ok(reply) => {
-                            let reply = reply.into_inner();
-                            if reply.data.len() > length as usize {
-                                return Err(Error::malformed("more data than asked for"));
-                            }
-                            if crc32c(&reply.data) == reply.crc {
-                                return Ok(reply.data);
-                            }
-                            // The server verified what it read, so this happened on the way.
-                            Error::new(ErrorCode::Unavailable, "data damaged in transit")
-                        }
-                        Err(error) => error,
-                    }
-                }
+        self.at_primary((ino, seed, index), ATTEMPT, |mut client, target| {
+            let request = ReadRequest {
+                replica_set: target.replica_set,
+                epoch: target.epoch,
+                chunk: Some(target.chunk),
+                offset,
+                length,
             };
-            if !error.retryable() {
-                return Err(error);
+            async move {
+                let reply = client.read(request).await?.into_inner();
+                if reply.data.len() > length as usize {
+                    return Err(Error::malformed("more data than asked for"));
+                }
+                if crc32c(&reply.data) != reply.crc {
+                    // The server verified what it read, so this happened on the way.
+                    return Err(Error::new(ErrorCode::Unavailable, "data damaged in transit"));
+                }
+                Ok(reply.data)
             }
-            tracing::debug!(%error, ino, index, "read is tried again");
-            self.lease.unless_dead(self.pause(&map, &mut backoff)).await?;
-        }
+        })
+        .await
     }
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::image::{self, Image};
-use crate::tools::cache_dir;
 use crate::story;
+use crate::tools::cache_dir;
 
 /// The image of the pods that use volumes: a shell, the workload and a source tree.
 pub(super) const WORKLOAD: &str = "localhost/lazarette-workload:dev";
