@@ -3,10 +3,12 @@
 
 mod append;
 mod bench;
+mod bench_phase;
 mod steady;
 mod tree;
 
 pub use append::{Appended, append, check_appended};
 pub use bench::{Amount, Row, measure};
+pub use bench_phase::{Phase, Timed, Work};
 pub use steady::{Report, steady, verify};
 pub use tree::{copy_tree, hash_tree};

@@ -22,6 +22,8 @@ enum Command {
     },
     /// Check that acknowledged records are there
     Verify { dir: PathBuf, acknowledged: u64 },
+    /// One process of a benchmark's phase, which is given as JSON; starts at a line of input
+    Phase { work: String, index: usize },
     /// Do nothing until stopped
     Idle,
 }
@@ -51,6 +53,10 @@ fn main() -> Result<()> {
         Command::Verify { dir, acknowledged } => {
             lazarette_workload::verify(&dir, acknowledged)?;
             serde_json::json!({ "verified": acknowledged })
+        }
+        Command::Phase { work, index } => {
+            let work: lazarette_workload::Work = serde_json::from_str(&work)?;
+            serde_json::to_value(work.take_part(index)?)?
         }
         Command::Idle => loop {
             std::thread::park();
