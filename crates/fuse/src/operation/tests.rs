@@ -1,5 +1,8 @@
 use super::*;
+use crate::abi::Opcode;
+use crate::attributes::{LockKind, Timestamp};
 use proptest::prelude::*;
+use std::ffi::OsStr;
 
 fn header(opcode: Opcode) -> Header {
     Header {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::abi::{Capabilities, IN_HEADER, MINOR};
 use crate::filesystem::Data;
+use crate::negotiation::InitRequest;
 use crate::operation::{Lookup, Read, Write};
 use crate::request::Request;
 use crate::{Entry, Errno, Result};

@@ -1,29 +1,32 @@
 //! A connection being served: from mounting or adopting it to its end.
 
-use crate::abi::{self, Capabilities, Opcode};
+mod handshake;
+mod pause;
+mod shared;
+
 use crate::buffer::{Pool, lock};
 use crate::device::{self, Channel};
 use crate::errno::Errno;
 use crate::filesystem::Filesystem;
 use crate::handover::Connection;
-use crate::header::Header;
 use crate::mount::{self, MountError, MountOptions, Unmount};
-use crate::negotiation::{InitRequest, NegotiationError, Parameters, Terms};
-use crate::notify::{self, Notifier, Retrieves};
+use crate::negotiation::{NegotiationError, Parameters, Terms};
+use crate::notify::{self, Notifier};
 use crate::reader::read_requests;
-use crate::request::{DYING_INTERVAL, FULL_INTERVAL, InFlight, InterruptPolicy, RequestSnapshot};
+use crate::request::{InFlight, InterruptPolicy, RequestSnapshot};
 use crate::statistics::{Snapshot, Statistics};
 use crate::wake;
-use crate::wire::{Head, Malformed};
-use bytes::Bytes;
-use std::io::{self, IoSlice};
+use crate::wire::Malformed;
+use handshake::handshake;
+pub use pause::Drained;
+pub(crate) use shared::{Core, Shared};
+use shared::{Phase, Reader};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Condvar, Mutex};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -113,152 +116,6 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SessionError {
     move |source| SessionError::Io { what, source }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Serving,
-    Changing,
-    Paused,
-    Ended,
-}
-
-/// A thread that reads requests.
-struct Reader {
-    thread: JoinHandle<()>,
-    /// It is in a read, or about to be.
-    blocked: Arc<AtomicBool>,
-}
-
-/// A session but for its file system.
-pub(crate) struct Shared {
-    pub(crate) parameters: Parameters,
-    pub(crate) pool: Arc<Pool>,
-    pub(crate) in_flight: InFlight,
-    pub(crate) statistics: Statistics,
-    pub(crate) runtime: Handle,
-    channels: Vec<Arc<Channel>>,
-    mountpoint: Option<PathBuf>,
-    notifier: Notifier,
-    retrieves: Arc<Retrieves>,
-    max_requests: usize,
-    readers: usize,
-    threads: Mutex<Vec<Reader>>,
-    /// Requests under way, and those of them that count against the limit.
-    requests: AtomicUsize,
-    limited: AtomicUsize,
-    admission: Mutex<()>,
-    admitted: Condvar,
-    stopping: AtomicBool,
-    draining: AtomicBool,
-    /// Somebody is to send requests again that were dropped without an answer.
-    owes_resend: AtomicBool,
-    drained: Notify,
-    watching: AtomicBool,
-    phase: Mutex<Phase>,
-    reading: watch::Sender<usize>,
-    end: watch::Sender<Option<End>>,
-}
-
-impl Shared {
-    /// Waits until another request may be read; false once the session stops.
-    pub(crate) fn admit(&self) -> bool {
-        if self.limited.load(Ordering::SeqCst) >= self.max_requests {
-            let mut guard = lock(&self.admission);
-            while self.limited.load(Ordering::SeqCst) >= self.max_requests && !self.stopping.load(Ordering::SeqCst) {
-                let (held, waited) = self
-                    .admitted
-                    .wait_timeout(guard, FULL_INTERVAL)
-                    .unwrap_or_else(PoisonError::into_inner);
-                guard = held;
-                if waited.timed_out() {
-                    drop(guard);
-                    self.in_flight.cancel_all_dying();
-                    guard = lock(&self.admission);
-                }
-            }
-        }
-        !self.stopping.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn entered(&self, opcode: Opcode) {
-        self.requests.fetch_add(1, Ordering::SeqCst);
-        if opcode != Opcode::Setlkw {
-            self.limited.fetch_add(1, Ordering::SeqCst);
-        }
-    }
-
-    pub(crate) fn left(&self, opcode: Opcode) {
-        if opcode != Opcode::Setlkw && self.limited.fetch_sub(1, Ordering::SeqCst) >= self.max_requests {
-            drop(lock(&self.admission));
-            self.admitted.notify_all();
-        }
-        if self.requests.fetch_sub(1, Ordering::SeqCst) == 1 && self.draining.load(Ordering::SeqCst) {
-            self.drained.notify_waiters();
-        }
-    }
-
-    pub(crate) fn note_abandoned(&self) {
-        self.owes_resend.store(true, Ordering::SeqCst);
-    }
-
-    pub(crate) fn retrieved(&self, number: u64, body: Bytes) {
-        self.retrieves.answer(number, body);
-    }
-
-    /// Looks after interrupted requests whose callers were alive, as long as there are any.
-    pub(crate) fn watch_interrupted(self: &Arc<Self>) {
-        if self.watching.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        let shared = self.clone();
-        self.runtime.spawn(async move {
-            loop {
-                tokio::time::sleep(DYING_INTERVAL).await;
-                if shared.in_flight.cancel_dying() {
-                    continue;
-                }
-                shared.watching.store(false, Ordering::SeqCst);
-                // One may have come after the look and before the store.
-                if !shared.in_flight.cancel_dying() || shared.watching.swap(true, Ordering::SeqCst) {
-                    return;
-                }
-            }
-        });
-    }
-
-    fn set_stopping(&self, stopping: bool) {
-        self.stopping.store(stopping, Ordering::SeqCst);
-        self.pool.set_stopping(stopping);
-        drop(lock(&self.admission));
-        self.admitted.notify_all();
-    }
-
-    /// Drops handlers that are not beyond their point of no return.
-    fn abandon_all(&self) {
-        for active in self.in_flight.all() {
-            if active.abandon() {
-                self.note_abandoned();
-            }
-        }
-    }
-
-    fn finish(&self, end: End) {
-        *lock(&self.phase) = Phase::Ended;
-        self.end.send_if_modified(|slot| {
-            let first = slot.is_none();
-            if first {
-                *slot = Some(end);
-            }
-            first
-        });
-    }
-}
-
-/// A session with its file system.
-pub(crate) struct Core<F> {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) filesystem: F,
-}
-
 /// A connection that is served. Clones are handles to the same session; dropping them does not end
 /// it.
 pub struct Session<F> {
@@ -271,14 +128,6 @@ impl<F> Clone for Session<F> {
             core: self.core.clone(),
         }
     }
-}
-
-/// What a pause left over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Drained {
-    /// Requests that were dropped without an answer; whoever serves next has to have them sent
-    /// again.
-    pub unanswered: bool,
 }
 
 impl<F: Filesystem> Session<F> {
@@ -513,128 +362,10 @@ impl<F: Filesystem> Session<F> {
         }
     }
 
-    fn change(&self, from: Phase, to: Phase) -> Result<(), SessionError> {
-        let mut phase = lock(&self.core.shared.phase);
-        match *phase {
-            Phase::Ended => Err(SessionError::Ended),
-            now if now != from => Err(SessionError::Phase(match now {
-                Phase::Serving => "serving",
-                Phase::Paused => "paused",
-                _ => "being paused",
-            })),
-            _ => {
-                *phase = to;
-                Ok(())
-            }
-        }
-    }
-
-    /// Stops reading requests and waits for those under way. After `patience` the ones that are not
-    /// beyond their point of no return (waits for locks, mostly) are dropped without an answer; the
-    /// others are waited for. The kernel keeps new requests until somebody serves again.
-    ///
-    /// If the future is dropped the session stays as it is then: call again or [`Session::resume`].
-    pub async fn pause(&self, patience: Duration) -> Result<Drained, SessionError> {
-        let shared = &self.core.shared;
-        self.change(Phase::Serving, Phase::Changing)?;
-        shared.set_stopping(true);
-        let guard = Changing { shared };
-        self.stop_readers().await;
-        shared.draining.store(true, Ordering::SeqCst);
-        if tokio::time::timeout(patience, self.drained()).await.is_err() {
-            shared.abandon_all();
-            self.drained().await;
-        }
-        drop(guard);
-        if shared.end.borrow().is_some() {
-            return Err(SessionError::Ended);
-        }
-        Ok(Drained {
-            unanswered: shared.owes_resend.load(Ordering::SeqCst),
-        })
-    }
-
-    async fn drained(&self) {
-        let shared = &self.core.shared;
-        loop {
-            let notified = shared.drained.notified();
-            if shared.requests.load(Ordering::SeqCst) == 0 {
-                return;
-            }
-            notified.await;
-        }
-    }
-
-    async fn stop_readers(&self) {
-        let shared = &self.core.shared;
-        let mut reading = shared.reading.subscribe();
-        let mut patience = Duration::from_millis(1);
-        while *reading.borrow_and_update() > 0 {
-            // A signal may come just before the read that it is to end: send them until all are out.
-            for reader in lock(&shared.threads).iter() {
-                if reader.blocked.load(Ordering::SeqCst) {
-                    wake::wake(&reader.thread);
-                }
-            }
-            let _ = tokio::time::timeout(patience, reading.wait_for(|count| *count == 0)).await;
-            patience = (patience * 2).min(Duration::from_millis(20));
-        }
-        lock(&shared.threads).clear();
-    }
-
-    /// Serves on after a pause. What was left unanswered comes again.
-    pub async fn resume(&self) -> Result<(), SessionError> {
-        let shared = &self.core.shared;
-        self.change(Phase::Paused, Phase::Changing)?;
-        let guard = Changing { shared };
-        // None is left but after a pause that was given up half-way.
-        self.stop_readers().await;
-        if shared.owes_resend.swap(false, Ordering::SeqCst) {
-            let channel = shared.channels[0].clone();
-            let resent = blocking(move || Ok(notify::resend(&channel))).await?;
-            if let Err(error) = resent {
-                shared.note_abandoned();
-                return Err(io_error("cannot have requests sent again")(error.into()));
-            }
-        }
-        shared.draining.store(false, Ordering::SeqCst);
-        shared.set_stopping(false);
-        std::mem::forget(guard);
-        {
-            let mut phase = lock(&shared.phase);
-            if *phase == Phase::Ended {
-                return Err(SessionError::Ended);
-            }
-            *phase = Phase::Serving;
-        }
-        self.start_readers()
-    }
-
-    /// Ends a paused session without unmounting: another process has the connection.
-    pub fn leave(&self) -> Result<(), SessionError> {
-        self.change(Phase::Paused, Phase::Ended)?;
-        self.core.shared.finish(End::Left);
-        Ok(())
-    }
-
     /// Unmounts. An orderly unmount fails while the file system is in use.
     pub async fn unmount(&self, how: Unmount) -> Result<(), SessionError> {
         let mountpoint = self.core.shared.mountpoint.clone().ok_or(SessionError::NoMountpoint)?;
         blocking(move || mount::unmount(&mountpoint, how).map_err(SessionError::from)).await
-    }
-}
-
-/// Whatever happens, a session that is changing becomes paused.
-struct Changing<'a> {
-    shared: &'a Shared,
-}
-
-impl Drop for Changing<'_> {
-    fn drop(&mut self) {
-        let mut phase = lock(&self.shared.phase);
-        if *phase == Phase::Changing {
-            *phase = Phase::Paused;
-        }
     }
 }
 
@@ -660,52 +391,5 @@ fn check_device(index: usize, descriptor: &OwnedFd) -> Result<(), SessionError> 
     Ok(())
 }
 
-/// Answers INIT.
-fn handshake(channel: &Channel, terms: &Terms) -> Result<Parameters, SessionError> {
-    let mut buffer = vec![0; 16 << 10];
-    loop {
-        let length = match channel.read(&mut buffer) {
-            Ok(length) => length,
-            Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => continue,
-            Err(error) => return Err(io_error("cannot read INIT")(error.into())),
-        };
-        let header = Header::parse(&buffer[..length])?;
-        let refuse = |errno: Errno| reply(channel, header.unique, -errno.raw(), &[]);
-        if header.opcode != Opcode::Init as u32 {
-            refuse(Errno::EIO)?;
-            return Err(Malformed::Unexpected.into());
-        }
-        let request = InitRequest::parse(&buffer[abi::IN_HEADER..length])?;
-        if request.major > abi::MAJOR {
-            // It asks again in the version it gets told.
-            let mut head = Head::new();
-            head.u32(abi::MAJOR).u32(abi::MINOR).zeros(56);
-            reply(channel, header.unique, 0, head.as_slice())?;
-            continue;
-        }
-        match Parameters::negotiate(&request, terms) {
-            Ok(parameters) => {
-                reply(channel, header.unique, 0, parameters.reply().as_slice())?;
-                let left = terms.wanted - parameters.agreed - Capabilities::INIT_EXT;
-                tracing::debug!(minor = parameters.minor, agreed = ?parameters.agreed, unavailable = ?left, "negotiated");
-                return Ok(parameters);
-            }
-            Err(error) => {
-                refuse(Errno::EPROTO)?;
-                return Err(error.into());
-            }
-        }
-    }
-}
-
-fn reply(channel: &Channel, unique: u64, error: i32, body: &[u8]) -> Result<(), SessionError> {
-    let mut head = Head::new();
-    head.u32((abi::OUT_HEADER + body.len()) as u32).i32(error).u64(unique);
-    channel
-        .write(&[IoSlice::new(head.as_slice()), IoSlice::new(body)])
-        .map_err(|error| io_error("cannot answer INIT")(error.into()))
-}
-
 #[cfg(test)]
-#[path = "session_tests.rs"]
 mod tests;
