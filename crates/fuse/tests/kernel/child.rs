@@ -39,7 +39,10 @@ fn play() {
         "lock" => crate::interrupts::wait_for_lock(&argument),
         "flock" => crate::interrupts::wait_for_flock(&argument),
         "read" => drop(std::fs::read(argument)),
-        "serve" => crate::lifecycle::serve_journaled(&argument),
+        "serve" => crate::handover::serve_journaled(&argument),
+        "turns" => crate::handover::serve_in_turns(&argument),
+        "load" => crate::load::work(&argument, false),
+        "load with locks" => crate::load::work(&argument, true),
         "many" => crate::robustness::many_requests(&argument),
         _ => panic!("no such role: {role}"),
     }

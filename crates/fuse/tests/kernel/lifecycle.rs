@@ -1,105 +1,20 @@
-//! Pausing, handing over, dying, unmounting.
+//! Pausing and unmounting.
 
 use crate::child;
-use crate::journaled::Journaled;
+use crate::load::Load;
 use crate::memory::Memory;
 use crate::mounted::{Place, application, mounted, options, until};
 use lazarette_fuse::abi::{Capabilities, Opcode};
 use lazarette_fuse::{Config, Connection, End, InterruptPolicy, Session, SessionError, Terms, Unmount};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::os::fd::AsFd;
 use std::time::Duration;
-
-/// Applications that create, move and remove, each effect exactly once, until told to stop.
-struct Load {
-    stop: Arc<AtomicBool>,
-    operations: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    fn start(path: &Path) -> Self {
-        let stop = Arc::<AtomicBool>::default();
-        let operations = Arc::<AtomicU64>::default();
-        let threads = (0..4).map(|thread| {
-            let (stop, operations, path) = (stop.clone(), operations.clone(), path.to_owned());
-            std::thread::spawn(move || {
-                let mut round = 0;
-                while !stop.load(Ordering::SeqCst) {
-                    let (old, new) = (
-                        path.join(format!("{thread}-{round}")),
-                        path.join(format!("{thread}-{round}-moved")),
-                    );
-                    fs::create_dir(&old).unwrap();
-                    operations.fetch_add(1, Ordering::SeqCst);
-                    fs::rename(&old, &new).unwrap();
-                    operations.fetch_add(1, Ordering::SeqCst);
-                    assert!(!old.exists() && new.exists());
-                    fs::remove_dir(&new).unwrap();
-                    operations.fetch_add(1, Ordering::SeqCst);
-                    round += 1;
-                }
-            })
-        });
-        let threads = threads.collect();
-        Self {
-            stop,
-            operations,
-            threads,
-        }
-    }
-
-    fn done(&self) -> u64 {
-        self.operations.load(Ordering::SeqCst)
-    }
-
-    /// Waits until the applications have got on by some operations.
-    async fn gets_on(&self) {
-        let goal = self.done() + 12;
-        until("the applications get on", || {
-            self.done() >= goal || self.threads.iter().any(JoinHandle::is_finished)
-        })
-        .await;
-    }
-
-    async fn end(self) -> u64 {
-        self.stop.store(true, Ordering::SeqCst);
-        application(move || {
-            for thread in self.threads {
-                thread.join().expect("no application met an error");
-            }
-            self.operations.load(Ordering::SeqCst)
-        })
-        .await
-    }
-}
-
-fn journal(place: &Place) -> PathBuf {
-    place.path().with_extension("journal")
-}
-
-struct Removed(PathBuf);
-
-impl Drop for Removed {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn effects(journal: &Path) -> u64 {
-    fs::read_to_string(journal).unwrap().lines().count() as u64
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pauses_under_load_are_not_noticed() {
     let (place, session) = mounted(Memory::new()).await;
-    let load = Load::start(place.path());
+    let mut load = Load::without_locks(place.path());
     for _ in 0..20 {
         load.gets_on().await;
         let drained = session.pause(Duration::from_secs(30)).await.unwrap();
@@ -145,114 +60,6 @@ async fn a_wait_for_a_lock_survives_a_pause() {
         waiter.0.try_wait().unwrap().is_some_and(|status| status.success())
     })
     .await;
-}
-
-/// Sessions of one connection, one after another, by way of a socket.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hand_over_under_load_is_not_noticed() {
-    let place = Place::new();
-    let journal = journal(&place);
-    let _removed = Removed(journal.clone());
-    let mut session = Session::mount(Journaled::open(&journal), place.path(), options(), Config::default())
-        .await
-        .unwrap();
-    let load = Load::start(place.path());
-    for round in 0..10 {
-        load.gets_on().await;
-        // Every other time without patience: what is not beyond its point of no return comes again.
-        let patience = if round % 2 == 0 {
-            Duration::from_secs(30)
-        } else {
-            Duration::ZERO
-        };
-        let drained = session.pause(patience).await.unwrap();
-        let (left, right) = UnixStream::pair().unwrap();
-        let connection = session.connection().unwrap();
-        let sender = std::thread::spawn(move || connection.send(&left, b"extra").unwrap());
-        let (connection, extra) = Connection::receive(&right).unwrap();
-        sender.join().unwrap();
-        assert_eq!(
-            (&extra[..], connection.mountpoint.as_deref()),
-            (&b"extra"[..], Some(place.path()))
-        );
-        session.leave().unwrap();
-        assert_eq!(session.ended().await, End::Left);
-        drop(session);
-        let next = Journaled::open(&journal);
-        session = Session::adopt(next, connection, Config::default(), drained.unanswered)
-            .await
-            .unwrap();
-    }
-    load.gets_on().await;
-    let operations = load.end().await;
-    assert_eq!(effects(&journal), operations);
-}
-
-/// A server that a test kills: it gets its connection through its standard input.
-pub(crate) fn serve_journaled(journal: &str) {
-    let socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().unwrap());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let (connection, _) = Connection::receive(&socket).unwrap();
-        let journaled = Journaled::open(Path::new(journal));
-        let session = Session::adopt(journaled, connection, Config::default(), true)
-            .await
-            .unwrap();
-        session.ended().await;
-    });
-}
-
-/// `FUSE_TEST_KILLS` sets the number of rounds.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_servers_are_not_noticed() {
-    let rounds = std::env::var("FUSE_TEST_KILLS").map_or(50, |number| number.parse().unwrap());
-    let place = Place::new();
-    let journal = journal(&place);
-    let _removed = Removed(journal.clone());
-    let session = Session::mount(Journaled::open(&journal), place.path(), options(), Config::default())
-        .await
-        .unwrap();
-    if !session.parameters().has(Capabilities::HAS_RESEND) {
-        panic!("the kernel is older than 6.9: it cannot send requests again");
-    }
-    session.pause(Duration::ZERO).await.unwrap();
-    // This process is the custodian: it holds all descriptors and reads from none.
-    let custody = session.connection().unwrap();
-    session.leave().unwrap();
-    let load = Load::start(place.path());
-    let mut server = None;
-    for round in 0..rounds {
-        let (left, right) = UnixStream::pair().unwrap();
-        drop(server.take());
-        server = Some(child::start(
-            "serve",
-            journal.to_str().unwrap(),
-            Some(OwnedFd::from(right)),
-        ));
-        custody.send(&left, &[]).unwrap();
-        load.gets_on().await;
-        assert!(
-            !load.threads.iter().any(JoinHandle::is_finished),
-            "an application met an error in round {round}"
-        );
-        // At another moment each time.
-        tokio::time::sleep(Duration::from_micros(round * 137 % 2000)).await;
-        if let Some(server) = &mut server {
-            server.0.kill().unwrap();
-        }
-    }
-    drop(server.take());
-    let session = Session::adopt(Journaled::open(&journal), custody, Config::default(), true)
-        .await
-        .unwrap();
-    let operations = load.end().await;
-    assert_eq!(effects(&journal), operations);
-    session.unmount(Unmount::Orderly).await.unwrap();
-    assert_eq!(session.ended().await, End::Unmounted);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

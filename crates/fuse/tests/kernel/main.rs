@@ -10,9 +10,11 @@ mod memory;
 mod tree;
 
 mod child;
+mod handover;
 mod interrupts;
 mod journaled;
 mod lifecycle;
+mod load;
 mod mounted;
 mod notifications;
 mod operations;
