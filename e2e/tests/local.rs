@@ -121,3 +121,26 @@ async fn clients_see_each_others_changes() {
     assert_eq!(byte, [1]);
     cluster.down().await;
 }
+
+/// Each client knows names and attributes under leases when the other changes them.
+#[tokio::test]
+async fn changes_are_seen_at_once() {
+    let cluster = Cluster::up().await;
+    let mounts = Mounts::new(&cluster.inner, "leases", 2).await.unwrap();
+    let size = |client, name: &str| fs::metadata(mounts.path(client, name)).ok().map(|found| found.len());
+    fs::create_dir(mounts.path(0, "dir")).unwrap();
+    for round in 0..200 {
+        let (here, there) = (round % 2, 1 - round % 2);
+        let (old, new) = (format!("dir/old-{round}"), format!("dir/new-{round}"));
+        assert_eq!(size(there, &old), None);
+        fs::write(mounts.path(here, &old), vec![1; round]).unwrap();
+        assert_eq!([size(there, &old), size(here, &old)], [Some(round as u64); 2]);
+        fs::write(mounts.path(there, &old), vec![2; 2 * round]).unwrap();
+        assert_eq!(size(here, &old), Some(2 * round as u64), "round {round}");
+        fs::rename(mounts.path(here, &old), mounts.path(here, &new)).unwrap();
+        assert_eq!((size(there, &old), size(there, &new)), (None, Some(2 * round as u64)));
+        fs::remove_file(mounts.path(there, &new)).unwrap();
+        assert_eq!(size(here, &new), None, "round {round}");
+    }
+    cluster.down().await;
+}

@@ -1,8 +1,9 @@
 //! `cargo xtask test`: everything that must pass before a change lands.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use lazarette_e2e::lab::{Lab, LabConfig};
 use lazarette_e2e::tools::{self, Tool};
-use lazarette_e2e::{build, debian};
+use lazarette_e2e::{build, cmd, debian};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -82,6 +83,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     build_tools().await?;
     build::all().await?;
 
+    let lab = LabConfig::default();
+    let lab_was_up = Lab::attach(lab.clone()).await.is_ok();
     let mut total = Counts::default();
     let mut broken = Vec::new();
     for part in PARTS {
@@ -95,6 +98,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         }
         eprintln!("== {} took {:.0} s", part.name, started.elapsed().as_secs_f32());
     }
+    if !lab_was_up {
+        put_away(&lab, !broken.is_empty()).await?;
+    }
     println!(
         "{} passed, {} failed, {} skipped",
         total.passed,
@@ -104,6 +110,21 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     if !broken.is_empty() {
         bail!("failed: {}", broken.join(", "));
     }
+    Ok(())
+}
+
+/// Takes the lab down that the tests have started. After a failure its logs are kept.
+async fn put_away(lab: &LabConfig, failed: bool) -> Result<()> {
+    const KEPT: &str = "/var/tmp/lazarette-test-logs";
+    if failed && lab.logs().exists() {
+        cmd!["cp", "--recursive", "--no-target-directory", lab.logs(), KEPT]
+            .run()
+            .await?;
+        eprintln!("the lab's logs are in {KEPT}");
+    }
+    Lab::down(lab).await?;
+    let left = Lab::leftovers(lab)?;
+    ensure!(left.is_empty(), "the lab has left behind: {}", left.join(", "));
     Ok(())
 }
 

@@ -11,6 +11,7 @@
 
 mod append;
 mod backoff;
+mod cache;
 mod channel;
 mod cluster;
 mod error;

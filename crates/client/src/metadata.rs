@@ -94,14 +94,32 @@ impl Volume {
         Ok(Entry { attr, ttl })
     }
 
+    /// What a lease tells, in the local view. The kernel must ask each time: only this client hears of
+    /// recalls.
+    fn leased(&self, attr: Attr) -> Result<Entry> {
+        self.check()?;
+        let ttl = Duration::ZERO;
+        let attr = match self.inner.inode(attr.ino) {
+            Some(inode) => inode.state().learn(attr, ttl),
+            None => attr,
+        };
+        Ok(Entry { attr, ttl })
+    }
+
     /// Finds a name.
     pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Entry> {
+        if let Some(attr) = self.inner.cache.lookup(parent, name) {
+            return self.leased(attr);
+        }
         let name = checked_name(name)?;
         self.entry(self.inner.call(Op::Lookup(Lookup { parent, name })).await?)
     }
 
-    /// An inode's attributes, asked from the owner.
+    /// An inode's attributes, asked from the owner unless a lease says that they are known.
     pub async fn get_attr(&self, ino: u64) -> Result<Entry> {
+        if let Some(attr) = self.inner.cache.attr(ino) {
+            return self.leased(attr);
+        }
         self.entry(self.inner.call(Op::GetAttr(GetAttr { ino })).await?)
     }
 

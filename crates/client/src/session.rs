@@ -4,13 +4,16 @@ use crate::backoff::Backoff;
 use crate::map::Map;
 use crate::volume::Inner;
 use crate::{Error, Result};
-use lazarette_proto::meta::{CloseSessionRequest, KeepAliveRequest, OpenSessionRequest};
+use lazarette_proto::meta::meta_client::MetaClient;
+use lazarette_proto::meta::{CloseSessionRequest, Confirm, KeepAliveRequest, OpenSessionRequest};
 use lazarette_types::ErrorCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 
 const ATTEMPT: Duration = Duration::from_secs(2);
 /// The owner makes a second session wait until what it granted to a sole one has run out.
@@ -173,6 +176,52 @@ pub(crate) async fn keep_alive(inner: Arc<Inner>, mut registered: u64) {
         tracing::debug!(%error, "cannot renew the session yet");
         inner.pause(&map, &mut backoff).await;
     }
+}
+
+/// Keeps the stream of recalls open, without which the owner gives no leases.
+pub(crate) async fn keep_recalls(inner: Arc<Inner>) {
+    let mut backoff = Backoff::new();
+    let mut epoch = 0;
+    loop {
+        let map = inner.map();
+        if let Some(owner) = &map.owner
+            && let Ok(mut client) = inner.cluster.channels().meta(owner)
+        {
+            if map.owner_epoch != epoch {
+                epoch = map.owner_epoch;
+                backoff = Backoff::new();
+                inner.cache.start_over();
+            }
+            if let Err(error) = recalls(&inner, &mut client).await {
+                tracing::debug!(%error, "no stream of recalls");
+            }
+            // Some may have been missed.
+            inner.cache.clear();
+        }
+        inner.pause(&map, &mut backoff).await;
+    }
+}
+
+/// Carries out recalls until the stream ends.
+async fn recalls(inner: &Inner, client: &mut MetaClient<Channel>) -> Result<()> {
+    let (confirms, receiver) = mpsc::unbounded_channel();
+    let confirm = |number| {
+        let _ = confirms.send(Confirm {
+            volume: inner.id.0,
+            session: inner.session.0,
+            number,
+        });
+    };
+    confirm(0);
+    let mut stream = client
+        .recalls(UnboundedReceiverStream::new(receiver))
+        .await?
+        .into_inner();
+    while let Some(recall) = stream.message().await? {
+        inner.cache.recall(&recall);
+        confirm(recall.number);
+    }
+    Ok(())
 }
 
 /// One KeepAlive; gives the owner's epoch and whether the open inodes were sent.

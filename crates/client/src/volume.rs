@@ -1,4 +1,5 @@
 use crate::backoff::Backoff;
+use crate::cache::Cache;
 use crate::cluster::Cluster;
 use crate::inode::Inode;
 use crate::map::Map;
@@ -13,6 +14,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -71,6 +73,7 @@ pub(crate) struct Inner {
     pub(crate) refresh: Notify,
     pub(crate) lease: Lease,
     pub(crate) ops: Ops,
+    pub(crate) cache: Cache,
     inodes: Mutex<HashMap<u64, Arc<Inode>>>,
     /// Room for unflushed bytes.
     pub(crate) room: Semaphore,
@@ -100,6 +103,7 @@ impl Volume {
             refresh: Notify::new(),
             lease: Lease::default(),
             ops: Ops::new(),
+            cache: Cache::default(),
             inodes: Mutex::default(),
             room: Semaphore::new(options.dirty_bytes),
             in_flight: Semaphore::new(options.in_flight),
@@ -113,6 +117,7 @@ impl Volume {
         inner.spawn_until_stopped(session::keep_map(inner.clone()));
         let epoch = session::open(&inner).await?;
         inner.spawn_until_stopped(session::keep_alive(inner.clone(), epoch));
+        inner.spawn_until_stopped(session::keep_recalls(inner.clone()));
         inner.spawn_until_stopped(flush::in_background(inner.clone()));
         Ok(Self { inner, _guard: guard })
     }
@@ -260,6 +265,7 @@ impl Inner {
         };
         let mut backoff = Backoff::new();
         let mut maps = self.maps.subscribe();
+        let mut first = true;
         loop {
             self.lease.check()?;
             let map = maps.borrow_and_update().clone();
@@ -274,6 +280,7 @@ impl Inner {
                         ack_below: self.ops.ack_below(),
                         op: Some(op.clone()),
                     };
+                    let sent = Instant::now();
                     let attempt = async {
                         tokio::select! {
                             reply = client.call(request) => reply.map_err(Error::from),
@@ -282,7 +289,15 @@ impl Inner {
                         }
                     };
                     match self.lease.unless_dead(attempt).await? {
-                        Ok(reply) => return Ok(reply.into_inner()),
+                        Ok(reply) => {
+                            let reply = reply.into_inner();
+                            if !first && op_id > 0 {
+                                // An earlier attempt may have changed things and its answer been lost.
+                                self.cache.forget_before(reply.as_of);
+                            }
+                            self.cache.learn(&op, &reply, sent);
+                            return Ok(reply);
+                        }
                         Err(error) => error,
                     }
                 }
@@ -299,6 +314,7 @@ impl Inner {
                 return Err(error);
             }
             tracing::debug!(%error, "metadata operation is tried again");
+            first = false;
             self.lease.unless_dead(self.pause(&map, &mut backoff)).await?;
         }
     }

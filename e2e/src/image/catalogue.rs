@@ -8,18 +8,21 @@ use super::Image;
 use crate::tools::{Tool, ensure};
 use crate::{build, cmd};
 
-/// Reference of the image that holds all of Lazarette's programs.
-pub const LAZARETTE: &str = "localhost/lazarette:dev";
+/// Repository of the image that holds all of Lazarette's programs.
+pub const LAZARETTE: &str = "localhost/lazarette";
 
-/// Lazarette itself: [`build::ALL`] in `/usr/bin`, from the release binaries in a folder such as `target/release`.
+/// Lazarette itself: [`build::ALL`] in `/usr/bin`, from the release binaries in a folder such as
+/// `target/release`. The tag is different for each build, so that Kubernetes sees an upgrade.
 pub fn lazarette(binaries: &Path) -> Result<Image> {
-    build::ALL.iter().try_fold(Image::new(LAZARETTE), |image, name| {
+    let image = build::ALL.iter().try_fold(Image::new(LAZARETTE), |image, name| {
         let path = binaries.join(name);
         let path = path
             .canonicalize()
             .with_context(|| format!("{} has not been built yet", path.display()))?;
         image.program(path, Path::new("/usr/bin").join(name))
-    })
+    })?;
+    let tag = image.input_hash()?;
+    Ok(image.renamed(format!("{LAZARETTE}:{}", &tag[..12])))
 }
 
 /// A shell with the usual small tools: `localhost/busybox:1`.

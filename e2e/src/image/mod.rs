@@ -214,6 +214,17 @@ impl Image {
         layer.rewind()?;
         append(&mut tar, Path::new(&layer_name), 0o644, size, &mut layer)?;
         tar.into_inner()?.flush()?;
+        // Builds of the same repository before this one would only pile up.
+        let repository = format!(
+            "{}_",
+            stem.rsplit_once('_').map_or(&*stem, |(repository, _)| repository)
+        );
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(&repository) {
+                fs::remove_file(entry.path())?;
+            }
+        }
         archive.persist(&path)?;
         crate::process::write_atomically(&stamp_path, format!("{input} {digest}").as_bytes())?;
         Ok(Archive {

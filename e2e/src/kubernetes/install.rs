@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams};
 use lazarette_proto::cluster::cluster_client::ClusterClient;
 use serde_json::Value;
 use tonic::transport::Channel;
@@ -17,6 +17,8 @@ use crate::{Deadline, build, wait_for};
 
 /// Where Lazarette is installed.
 pub const NAMESPACE: &str = "lazarette";
+/// The label that tells what a pod is.
+const COMPONENT: &str = "app.kubernetes.io/component";
 /// The StorageCluster's name.
 pub(super) const CLUSTER: &str = "main";
 /// Where the pods and claims of the story live.
@@ -40,13 +42,15 @@ impl Installation {
         narrator.step("building the programs and images, loading them into the nodes");
         let binaries = build::all().await?;
         let archives = lab.load(&image::chart(&binaries).await?).await?;
+        let mut names = archives.iter().map(|archive| archive.name.as_str());
+        let image = names.find(|name| name.starts_with(LAZARETTE)).context("no image")?;
         narrator.fact(&numbers::image_sizes(&archives)?);
         lab.load(&[images::workload(&binaries).await?]).await?;
         let this = Self { lab };
         narrator.step("helm install");
         let started = Instant::now();
         let chart = build::workspace_root().join("charts/lazarette");
-        let (repository, tag) = LAZARETTE.rsplit_once(':').context("no tag")?;
+        let (repository, tag) = image.rsplit_once(':').context("no tag")?;
         this.lab
             .helm(["upgrade", "--install", "lazarette"])
             .await?
@@ -67,6 +71,7 @@ impl Installation {
         narrator.step("kubectl apply of a StorageCluster: 3 etcd members, 3 storage nodes");
         this.lab.offer_disks().await?;
         this.lab.apply(include_str!("manifests/storagecluster.yaml")).await?;
+        this.wait_upgraded(image).await?;
         let status = this.wait_healthy(Duration::from_secs(300)).await?;
         narrator.fact(&format!(
             "Ready {:.1} s after `helm install` began: {} storage nodes",
@@ -74,6 +79,33 @@ impl Installation {
             status["storageNodes"]["summary"].as_str().unwrap_or("?")
         ));
         Ok(this)
+    }
+
+    /// Waits until every pod runs this image, after an earlier installation.
+    async fn wait_upgraded(&self, image: &str) -> Result<()> {
+        let api: Api<Pod> = Api::namespaced(self.lab.client().await?, NAMESPACE);
+        let deadline = Deadline::secs(300).logs(self.lab.config().logs());
+        wait_for(deadline, format!("all pods to run {image}"), || async {
+            let pods = self.pods("").await?;
+            let old: Vec<_> = pods.iter().filter(|pod| runs_other_build(pod, image)).collect();
+            for pod in &old {
+                let name = pod.metadata.name.as_deref().unwrap_or_default();
+                // Mounts end with their daemon, so the chart leaves the moment to the administrator.
+                if pod
+                    .metadata
+                    .labels
+                    .as_ref()
+                    .and_then(|labels| labels.get(COMPONENT))
+                    .map(String::as_str)
+                    == Some("mount")
+                {
+                    api.delete(name, &DeleteParams::default()).await?;
+                }
+            }
+            ensure!(old.is_empty(), "{} pods run another build", old.len());
+            Ok(Some(()))
+        })
+        .await
     }
 
     /// The lab.
@@ -188,6 +220,13 @@ impl Installation {
         })
         .await
     }
+}
+
+/// Whether a pod runs Lazarette, but not from this image.
+fn runs_other_build(pod: &Pod, image: &str) -> bool {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let mut images = containers.filter_map(|container| container.image.as_deref());
+    images.any(|running| running.starts_with(LAZARETTE) && running != image)
 }
 
 pub(super) fn is_ready(pod: &Pod) -> bool {

@@ -3,10 +3,12 @@
 mod actor;
 mod claim;
 mod fold;
+mod leases;
 #[cfg(test)]
 mod tests;
 
 pub use claim::{Claim, ClaimError, RecoverError, claim};
+pub use leases::Stream;
 
 use super::chunks::ChunkRemover;
 use super::journal::Fence;
@@ -23,7 +25,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// Without KeepAlive for so long a session ends.
 pub const SESSION_TTL: Duration = Duration::from_secs(10);
-/// How long a client may use an answer while its session is the only one.
+/// How long a client may use an answer: on its own while its session is the only one, else unless it
+/// is recalled.
 pub const CACHE_TTL: Duration = Duration::from_millis(1000);
 
 /// What tests set otherwise.
@@ -204,6 +207,12 @@ impl Shard {
             reply,
         })
         .await
+    }
+
+    /// Opens a session's stream of recalls; without it, the session gets no leases.
+    pub fn recalls(&self, session: SessionId, stream: Stream) -> Result<(), Fault> {
+        let sent = self.control.send(Control::Recalls { session, stream });
+        sent.map_err(|_| not_owner())
     }
 
     /// Ends a session. Ending one that has ended succeeds.

@@ -1,15 +1,19 @@
 //! The Meta service: finds the shard of a request.
 
 use super::namespace::Fault;
-use super::owner::{SESSION_TTL, Shard, not_owner};
+use super::owner::{SESSION_TTL, Shard, Stream, not_owner};
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use lazarette_proto::meta::{
-    CloseSessionRequest, CloseSessionResponse, KeepAliveRequest, KeepAliveResponse, OpenSessionRequest,
-    OpenSessionResponse, Request as Operation, Response as Answer, meta_server,
+    CloseSessionRequest, CloseSessionResponse, Confirm, KeepAliveRequest, KeepAliveResponse, OpenSessionRequest,
+    OpenSessionResponse, Recall, Request as Operation, Response as Answer, meta_server,
 };
 use lazarette_types::{InodeId, SessionId, VolumeId};
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
-use tonic::{Request, Response, Status};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 /// The shards that this node owns and serves.
 #[derive(Default)]
@@ -111,6 +115,31 @@ impl meta_server::Meta for MetaService {
         let closed = shard.close_session(SessionId(request.session)).await;
         closed.map_err(status)?;
         Ok(Response::new(CloseSessionResponse {}))
+    }
+
+    type RecallsStream = BoxStream<'static, Result<Recall, Status>>;
+
+    async fn recalls(&self, request: Request<Streaming<Confirm>>) -> Result<Response<Self::RecallsStream>, Status> {
+        let mut confirms = request.into_inner();
+        let first = confirms.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("the first message names the session"))?;
+        let shard = self.shard(first.volume)?;
+        let (sender, recalls) = mpsc::unbounded_channel();
+        let (confirmed, receiver) = watch::channel(0);
+        let stream = Stream {
+            recalls: sender,
+            confirmed: receiver,
+        };
+        shard.recalls(SessionId(first.session), stream).map_err(status)?;
+        tokio::spawn(async move {
+            while let Ok(Some(confirm)) = confirms.message().await {
+                confirmed.send_replace(confirm.number);
+            }
+        });
+        let recalls = UnboundedReceiverStream::new(recalls).map(Ok);
+        // A client must learn that the shard is served elsewhere.
+        let ended = async move { shard.ended().await };
+        Ok(Response::new(recalls.take_until(ended).boxed()))
     }
 
     async fn call(&self, request: Request<Operation>) -> Result<Response<Answer>, Status> {

@@ -32,6 +32,8 @@ pub struct State {
     dirty: BTreeSet<Key>,
     /// The record in which an inode was last changed, kept until that record is committed.
     marks: HashMap<InodeId, u64>,
+    /// Inodes of which attributes or names have changed since [`State::take_touched`].
+    touched: BTreeSet<InodeId>,
     /// The record that takes up changes now.
     open_record: u64,
 }
@@ -99,6 +101,9 @@ impl State {
     fn note(&mut self, key: &Key) {
         if let Some(ino) = key.inode() {
             self.marks.insert(ino, self.open_record);
+        }
+        if let Key::Inode(ino, Part::Attributes | Part::Dentry(_)) = key {
+            self.touched.insert(*ino);
         }
         self.dirty.insert(key.clone());
         if self.changed.insert(key.clone()) {
@@ -333,6 +338,11 @@ impl State {
     /// The record that must be committed before anybody may hear about this inode; 0 for none.
     pub fn mark(&self, ino: InodeId) -> u64 {
         self.marks.get(&ino).copied().unwrap_or(0)
+    }
+
+    /// Inodes of which attributes or names have changed since the last call.
+    pub fn take_touched(&mut self) -> BTreeSet<InodeId> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Whether a row was changed since [`State::take_dirty`].

@@ -163,6 +163,7 @@ impl Namespace {
         let result = outcome.map(|result| Response {
             cache_ttl_ms: if self.sessions.len() > 1 { 0 } else { 1000 },
             result: Some(result),
+            ..Response::default()
         });
         if request.op_id > 0 {
             self.results.insert(key, result.clone());

@@ -137,6 +137,13 @@ impl Cluster for Node {
 
 #[tonic::async_trait]
 impl Meta for Node {
+    type RecallsStream = tokio_stream::Empty<Result<meta::Recall, Status>>;
+
+    /// No leases are given here.
+    async fn recalls(&self, _: Request<tonic::Streaming<meta::Confirm>>) -> Answer<Self::RecallsStream> {
+        Err(Status::unimplemented("no leases"))
+    }
+
     async fn open_session(&self, request: Request<meta::OpenSessionRequest>) -> Answer<meta::OpenSessionResponse> {
         let request = request.into_inner();
         let mut world = self.shared.world();

@@ -10,7 +10,7 @@ mod tree;
 
 use super::rows::{Inode, Key, OpResult, Row, Truncate};
 use super::state::State;
-use lazarette_proto::meta::{Done, Kind, Request, Response, StatFsReply, request::Op, response::Result as ReplyKind};
+use lazarette_proto::meta::{Done, Kind, Request, StatFsReply, request::Op, response::Result as ReplyKind};
 use lazarette_types::{ErrorCode, InodeId, NAME_MAX, ROOT_INODE, SessionId};
 use locking::Waiters;
 use sessions::Opens;
@@ -69,6 +69,8 @@ pub struct Executed {
     pub outcome: Outcome,
     /// The log sequence number to wait for; 0 for none.
     pub after: u64,
+    /// The answer is the one that the same request got before: what it says may be past.
+    pub repeated: bool,
 }
 
 /// A waiting request that came to its end in the record that is open now.
@@ -199,12 +201,16 @@ impl Namespace {
     /// Executes a request at `now`, in nanoseconds since the Unix epoch.
     pub fn execute(&mut self, request: &Request, now: i64) -> Executed {
         self.seen.set(0);
-        match self.run(request, now) {
-            Ok((outcome, after)) => Executed { outcome, after },
-            Err(fault) => Executed {
-                outcome: Outcome::Reply(Err(fault)),
-                after: self.seen.get(),
-            },
+        let session = SessionId(request.session);
+        let repeated = self.state.get(&Key::Result(session, request.op_id)).is_some();
+        let (outcome, after) = match self.run(request, now) {
+            Ok(done) => done,
+            Err(fault) => (Outcome::Reply(Err(fault)), self.seen.get()),
+        };
+        Executed {
+            outcome,
+            after,
+            repeated,
         }
     }
 
@@ -412,14 +418,6 @@ fn reply_of(result: OpResult) -> Result<Reply, Fault> {
         OpResult::Attr(ino, inode) => Ok(Reply::Attr(inode.attr(ino))),
         OpResult::Offset(offset) => Ok(Reply::AppendOffset(offset)),
         OpResult::Failed(code, message) => Err(Fault::new(code, message)),
-    }
-}
-
-/// The response of a reply that may be cached for so long.
-pub fn response(reply: Reply, cache_ttl_ms: u32) -> Response {
-    Response {
-        cache_ttl_ms,
-        result: Some(reply),
     }
 }
 

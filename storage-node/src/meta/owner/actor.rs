@@ -3,11 +3,12 @@
 
 use super::claim::{Claim, Recovered};
 use super::fold::{Folding, PageWrite};
+use super::leases::{Grant, Leases, Pending, Stream};
 use super::{Gauges, Metrics, OwnerContext, Tuning, not_owner};
 use crate::membership::Lease;
 use crate::meta::chunks::{self, ChunkRemover};
 use crate::meta::journal::{self, Fence, Journal, Lost};
-use crate::meta::namespace::{Fault, Limits, Namespace, Outcome, Reply, WaiterId, Work, response};
+use crate::meta::namespace::{Fault, Limits, Namespace, Outcome, Reply, WaiterId, Work};
 use crate::meta::rows::{Key, Row, Truncate};
 use futures::future::BoxFuture;
 use lazarette_proto::meta::{Request, Response, request::Op};
@@ -35,7 +36,7 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 
 type CallReply = oneshot::Sender<Result<Response, Fault>>;
 /// A call that was executed and is not answered yet.
-type Executed = (CallReply, Result<Reply, Fault>);
+type Executed = (CallReply, Result<Reply, Fault>, Grant);
 type SessionReply = oneshot::Sender<Result<(), Fault>>;
 type Commit = BoxFuture<'static, Result<(), Lost>>;
 
@@ -62,13 +63,17 @@ pub(super) enum Control {
         session: SessionId,
         reply: SessionReply,
     },
+    Recalls {
+        session: SessionId,
+        stream: Stream,
+    },
     Limits(Limits),
     Stop,
 }
 
 /// An answer that may have to wait for a record.
 enum Answer {
-    Call(CallReply, Result<Reply, Fault>),
+    Call(CallReply, Result<Reply, Fault>, Grant),
     /// Not before this instant.
     Session(SessionReply, Result<(), Fault>, Instant),
 }
@@ -78,6 +83,7 @@ struct Record {
     lsn: u64,
     keys: BTreeSet<Key>,
     bytes: Vec<u8>,
+    recalls: Vec<Pending>,
 }
 
 /// A request that waits for a lock, perhaps with repetitions of it.
@@ -121,6 +127,11 @@ pub(super) struct Actor {
     sessions: HashMap<SessionId, Instant>,
     /// Until then a client may use cached answers.
     cached_until: Instant,
+    leases: Leases,
+    /// Until then clients may hold leases of the owner before.
+    leased_before: Instant,
+    /// What the record that is open now has to wait for.
+    recalls: Vec<Pending>,
     /// Work at the chunks, with the record it waits for. Somebody waits for a cut, so cuts do not
     /// stand in one queue with removals, which may be stuck at a replica set that is away.
     cuts: VecDeque<(u64, InodeId)>,
@@ -148,6 +159,12 @@ impl Actor {
         } else {
             now + tuning.cache_ttl
         };
+        // With several sessions it gave leases instead.
+        let leased_before = if sessions.len() > 1 {
+            now + tuning.cache_ttl
+        } else {
+            now
+        };
         let journal = Journal::new(
             context.store.clone(),
             context.keys.shard(claim.volume),
@@ -174,6 +191,9 @@ impl Actor {
             shrinking: HashMap::new(),
             sessions,
             cached_until,
+            leases: Leases::new(tuning.cache_ttl),
+            leased_before,
+            recalls: Vec::new(),
             cuts: VecDeque::new(),
             removals: VecDeque::new(),
             removing: 0,
@@ -276,13 +296,23 @@ impl Actor {
         Metrics::add(&self.metrics.records, 1);
         Metrics::add(&self.metrics.record_bytes, record.bytes.len() as u64);
         self.committing = Some((record.lsn, record.keys, record.bytes.len()));
-        Some(Box::pin(self.journal.clone().commit(record.lsn, record.bytes)))
+        let commit = self.journal.clone().commit(record.lsn, record.bytes);
+        let recalls = futures::future::join_all(record.recalls.into_iter().map(Pending::done));
+        Some(Box::pin(async move {
+            let (committed, _) = tokio::join!(commit, recalls);
+            committed
+        }))
     }
 
     fn close_record(&mut self) {
         let (lsn, keys) = self.namespace.state_mut().cut();
         let bytes = journal::encode(&self.fence, lsn, self.namespace.state(), &keys);
-        self.closed.push_back(Record { lsn, keys, bytes });
+        self.closed.push_back(Record {
+            lsn,
+            keys,
+            bytes,
+            recalls: std::mem::take(&mut self.recalls),
+        });
     }
 
     fn record_committed(&mut self) {
@@ -325,9 +355,11 @@ impl Actor {
                 if result.is_err() {
                     Metrics::add(&self.metrics.failures, 1);
                 }
+                let told = result.as_ref().ok().filter(|_| !executed.repeated);
+                let grant = self.grant(&request, told);
                 match self.shrunk(&request) {
-                    Some(ino) => self.shrinking.entry(ino).or_default().push((reply, result)),
-                    None => self.answer(executed.after, Answer::Call(reply, result)),
+                    Some(ino) => self.shrinking.entry(ino).or_default().push((reply, result, grant)),
+                    None => self.answer(executed.after, Answer::Call(reply, result, grant)),
                 }
             }
             Outcome::Wait { waiter, wait_ms } => {
@@ -345,6 +377,35 @@ impl Actor {
         self.after_execution();
     }
 
+    /// Recalls what others know of that a request has changed, and gives leases on what its reply says.
+    fn grant(&mut self, request: &Request, reply: Option<&Reply>) -> Grant {
+        let session = SessionId(request.session);
+        let changed = self.recall(Some(session));
+        // A sole client and its kernel may cache everything anyway.
+        let inodes = match (&request.op, reply) {
+            (Some(op), Some(reply)) if self.sessions.len() > 1 => told(op, reply),
+            _ => Vec::new(),
+        };
+        let grant = self.leases.grant(session, &inodes);
+        Grant {
+            changed: changed.into_iter().collect(),
+            ..grant
+        }
+    }
+
+    /// Recalls leases on what has changed since the last call, for the record that is open.
+    fn recall(&mut self, by: Option<SessionId>) -> BTreeSet<InodeId> {
+        let touched = self.namespace.state_mut().take_touched();
+        if touched.is_empty() {
+            return touched;
+        }
+        self.recalls.extend(self.leases.recall(&touched, by));
+        if Instant::now() < self.leased_before {
+            self.recalls.push(Pending::until(self.leased_before));
+        }
+        touched
+    }
+
     /// The file whose chunks a request has left to be cut.
     fn shrunk(&self, request: &Request) -> Option<InodeId> {
         let Some(Op::SetAttr(op)) = &request.op else {
@@ -356,6 +417,7 @@ impl Actor {
 
     /// Looks after what an execution brought about besides its answer.
     fn after_execution(&mut self) {
+        self.recall(None);
         let newest = self.namespace.newest_record();
         for finished in self.namespace.take_finished() {
             let Some(waiting) = self.waiting.remove(&finished.waiter) else {
@@ -363,7 +425,7 @@ impl Actor {
             };
             self.deadlines.remove(&(waiting.deadline, finished.waiter));
             for reply in waiting.replies {
-                self.answer(newest, Answer::Call(reply, finished.result.clone()));
+                self.answer(newest, Answer::Call(reply, finished.result.clone(), Grant::default()));
             }
         }
         for work in self.namespace.take_work() {
@@ -389,9 +451,9 @@ impl Actor {
     fn send(&mut self, answer: Answer) {
         let valid = self.lease.valid();
         match answer {
-            Answer::Call(reply, result) => {
+            Answer::Call(reply, result, grant) => {
                 let answer = if valid {
-                    result.map(|reply| response(reply, self.cache_ttl_ms()))
+                    result.map(|reply| response(reply, self.cache_ttl_ms(), grant))
                 } else {
                     Err(not_owner())
                 };
@@ -453,6 +515,11 @@ impl Actor {
                 let after = self.namespace.newest_record();
                 self.answer(after, Answer::Session(reply, Ok(()), Instant::now()));
             }
+            Control::Recalls { session, stream } => {
+                if self.sessions.contains_key(&session) {
+                    self.leases.attach(session, stream);
+                }
+            }
             Control::Limits(limits) => self.namespace.set_limits(limits),
             Control::Stop => self.stopping = true,
         }
@@ -462,6 +529,7 @@ impl Actor {
     fn end_session(&mut self, session: SessionId) {
         self.drop_cancelled();
         self.sessions.remove(&session);
+        self.leases.end(session);
         self.namespace.end_session(session);
         self.after_execution();
     }
@@ -476,6 +544,7 @@ impl Actor {
             self.end_session(session);
         }
         self.drop_cancelled();
+        self.leases.tidy();
         self.namespace.collect_orphans();
         self.after_execution();
     }
@@ -555,8 +624,8 @@ impl Actor {
     /// committed: a later owner must not cut again what was written since.
     fn cut_done(&mut self, ino: InodeId) {
         let newest = self.namespace.newest_record();
-        for (reply, result) in self.shrinking.remove(&ino).unwrap_or_default() {
-            self.answer(newest, Answer::Call(reply, result));
+        for (reply, result, grant) in self.shrinking.remove(&ino).unwrap_or_default() {
+            self.answer(newest, Answer::Call(reply, result, grant));
         }
         for call in self.held_up.remove(&ino).unwrap_or_default() {
             self.call(call);
@@ -570,6 +639,38 @@ impl Actor {
         self.gauges
             .sessions
             .store(self.sessions.len() as u64, Ordering::Relaxed);
+    }
+}
+
+/// The inodes of which a reply tells the attributes, or names.
+fn told(op: &Op, reply: &Reply) -> Vec<InodeId> {
+    let looked_into = match op {
+        Op::Lookup(op) => Some(op.parent),
+        Op::Create(op) => Some(op.parent),
+        Op::Link(op) => Some(op.new_parent),
+        Op::ReadDir(op) => Some(op.ino),
+        _ => None,
+    };
+    let mut inodes: Vec<_> = looked_into.into_iter().map(InodeId).collect();
+    match reply {
+        Reply::Attr(attr) => inodes.push(InodeId(attr.ino)),
+        Reply::ReadDir(listing) => {
+            let attributes = listing.entries.iter().filter_map(|entry| entry.attr.as_ref());
+            inodes.extend(attributes.map(|attr| InodeId(attr.ino)));
+        }
+        _ => {}
+    }
+    inodes
+}
+
+/// The response of a reply: how long client and kernel may cache it, and the client's leases.
+fn response(reply: Reply, cache_ttl_ms: u32, grant: Grant) -> Response {
+    Response {
+        cache_ttl_ms,
+        lease_ms: grant.duration.as_millis() as u32,
+        as_of: grant.as_of,
+        changed: grant.changed.into_iter().map(|ino| ino.0).collect(),
+        result: Some(reply),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod chaos;
 mod etcd;
+mod leases;
 mod stores;
 
 use super::*;

@@ -15,6 +15,7 @@ const APPENDED: u64 = 10;
 /// lease lost behind their backs.
 async fn owners(rig: Arc<Rig>, shards: watch::Sender<Option<Shard>>) {
     let tuning = Tuning {
+        cache_ttl: Duration::from_millis(10),
         fold_records: 12,
         ..Tuning::default()
     };
