@@ -243,6 +243,7 @@ impl<F: Filesystem> Session<F> {
             reading: watch::Sender::new(0),
             end: watch::Sender::new(None),
         });
+        fault_in(&shared.pool, shared.readers);
         let session = Self {
             core: Arc::new(Core { shared, filesystem }),
         };
@@ -378,6 +379,16 @@ async fn blocking<T: Send + 'static>(
             what: "a thread ended early",
             source: io::Error::other(error),
         }),
+    }
+}
+
+/// Gives the readers' first buffers memory. A process that dies gets no more of it, and a request
+/// that the kernel cannot copy to its reader fails with EIO, although the next server could serve it.
+fn fault_in(pool: &Arc<Pool>, readers: usize) {
+    let mut buffers: Vec<_> = (0..readers).map(|_| pool.request()).collect();
+    for buffer in &mut buffers {
+        // Zeros are there already, but not in memory of its own.
+        std::hint::black_box(buffer.room()).fill(0);
     }
 }
 
