@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tempfile::NamedTempFile;
@@ -102,13 +103,15 @@ pub(crate) fn work(argument: &str, locks: bool) {
             report: &report,
         };
         let threads: Vec<_> = (0..4)
-            .map(|number| scope.spawn(move || worker(number).work(stop, locks)))
+            .map(|number| {
+                scope.spawn(move || {
+                    // One that fails does not leave the others at work.
+                    let work = catch_unwind(|| worker(number).work(stop, locks));
+                    work.unwrap_or_else(|_| std::process::exit(1))
+                })
+            })
             .collect();
-        // One that fails does not leave the others at work, nor the process.
-        let rounds: u64 = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| std::process::exit(1)))
-            .sum();
+        let rounds: u64 = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
         if locks {
             let counted = fs::read_to_string(Path::new(place).join("counter")).unwrap();
             assert_eq!(counted.parse::<u64>().unwrap(), rounds, "the lock kept the others out");
