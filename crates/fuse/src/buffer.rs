@@ -9,6 +9,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 const PAGE: usize = 4096;
 /// What comes before the data of a write.
 const BEFORE_DATA: usize = IN_HEADER + WRITE_IN;
+/// Replies up to here get memory of their own, bytes: a buffer for the largest write is much more, and
+/// when the idle ones are used up each has to be cleared.
+const SMALL_REPLY: usize = 16 << 10;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -70,9 +73,9 @@ impl Pool {
 
     /// A buffer for `size` bytes of a reply, at a page's beginning.
     pub(crate) fn reply(self: &Arc<Self>, size: usize) -> ReplyBuffer {
-        if size > self.data {
+        if size <= SMALL_REPLY || size > self.data {
             return ReplyBuffer {
-                storage: Storage::Own(vec![0; size]),
+                storage: Storage::Own(Own::new(size)),
                 length: size,
             };
         }
@@ -193,9 +196,26 @@ impl AsRef<[u8]> for Copied {
     }
 }
 
+/// Memory of a reply that is not the pool's, used from a page's beginning on.
+struct Own {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Own {
+    fn new(size: usize) -> Self {
+        let bytes = vec![0; size + PAGE];
+        let address = bytes.as_ptr() as usize;
+        Self {
+            start: address.next_multiple_of(PAGE) - address,
+            bytes,
+        }
+    }
+}
+
 enum Storage {
     Pooled(Buffer),
-    Own(Vec<u8>),
+    Own(Own),
 }
 
 /// Page-aligned room for the data of a reply, from the session's pool. What is in it before it is
@@ -218,7 +238,7 @@ impl Deref for ReplyBuffer {
     fn deref(&self) -> &[u8] {
         match &self.storage {
             Storage::Pooled(buffer) => &buffer.bytes[buffer.data_start()..][..self.length],
-            Storage::Own(bytes) => &bytes[..self.length],
+            Storage::Own(own) => &own.bytes[own.start..][..self.length],
         }
     }
 }
@@ -230,7 +250,7 @@ impl DerefMut for ReplyBuffer {
                 let start = buffer.data_start();
                 &mut buffer.bytes[start..][..self.length]
             }
-            Storage::Own(bytes) => &mut bytes[..self.length],
+            Storage::Own(own) => &mut own.bytes[own.start..][..self.length],
         }
     }
 }
@@ -260,8 +280,11 @@ mod tests {
                 reply.truncate(3);
                 assert_eq!(reply.len(), 3);
             }
-            assert_eq!(lock(&pool.state).free.len(), 2);
-            assert_eq!(pool.reply(size + 1).len(), size + 1);
+            assert_eq!(lock(&pool.state).free.len(), 1 + usize::from(size > SMALL_REPLY));
+            for size in [1, SMALL_REPLY.min(size), size + 1] {
+                let reply = pool.reply(size);
+                assert_eq!((reply.as_ptr() as usize % PAGE, reply.len()), (0, size));
+            }
         }
     }
 

@@ -14,12 +14,15 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
 /// A directory of the machine.
 pub(crate) struct Passthrough {
     nodes: Nodes,
     files: Handles,
     ttl: Duration,
+    /// Readers that may wait for a disk at a time.
+    may_wait: Semaphore,
 }
 
 /// Flags of an open(2) that are for the one who calls it.
@@ -33,12 +36,29 @@ async fn elsewhere<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(Errno::EIO))
 }
 
+/// Reads as much as there is: a short answer would mean the end of the file.
+fn read_at(file: &OwnedFd, buffer: &mut [u8], offset: u64, flags: ReadWriteFlags) -> Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let parts = &mut [IoSliceMut::new(&mut buffer[done..])];
+        match rustix::io::preadv2(file, parts, offset + done as u64, flags) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(done)
+}
+
 impl Passthrough {
-    pub(crate) fn new(source: &str, ttl: Duration) -> std::io::Result<Self> {
+    /// Shows `source`, read by so many `readers`; what is told of it is true for `ttl`.
+    pub(crate) fn new(source: &str, ttl: Duration, readers: usize) -> std::io::Result<Self> {
         Ok(Self {
             nodes: Nodes::new(source)?,
             files: Handles::default(),
             ttl,
+            may_wait: Semaphore::new(readers.saturating_sub(1)),
         })
     }
 
@@ -161,7 +181,7 @@ impl Filesystem for Passthrough {
     async fn symlink(&self, request: &Request, symlink: Symlink<'_>) -> Result<Entry> {
         let parent = self.nodes.get(symlink.parent)?;
         sys::symlinkat(symlink.target, &parent.fd, symlink.name)?;
-        self.own(request, self.nodes.lookup(&parent, symlink.name)?, 0)
+        self.own(request, self.nodes.made(&parent, symlink.name)?, 0)
     }
 
     async fn mknod(&self, request: &Request, mknod: Mknod<'_>) -> Result<Entry> {
@@ -175,13 +195,13 @@ impl Filesystem for Passthrough {
             Mode::from_raw_mode(mknod.mode & 0o7777),
             sys::makedev(major, minor),
         )?;
-        self.own(request, self.nodes.lookup(&parent, mknod.name)?, mknod.mode)
+        self.own(request, self.nodes.made(&parent, mknod.name)?, mknod.mode)
     }
 
     async fn mkdir(&self, request: &Request, mkdir: Mkdir<'_>) -> Result<Entry> {
         let parent = self.nodes.get(mkdir.parent)?;
         sys::mkdirat(&parent.fd, mkdir.name, Mode::from_raw_mode(mkdir.mode & 0o7777))?;
-        self.own(request, self.nodes.lookup(&parent, mkdir.name)?, 0)
+        self.own(request, self.nodes.made(&parent, mkdir.name)?, 0)
     }
 
     async fn unlink(&self, _request: &Request, remove: Remove<'_>) -> Result<()> {
@@ -238,7 +258,7 @@ impl Filesystem for Passthrough {
         let how = flags(create.flags) | OFlags::CREATE | OFlags::NOFOLLOW;
         let how = how | OFlags::from_bits_retain(create.flags) & OFlags::EXCL;
         let fd = sys::openat(&parent.fd, create.name, how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        let entry = self.own(request, self.nodes.lookup(&parent, create.name)?, create.mode)?;
+        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
         Ok((
             entry,
             Opened {
@@ -252,9 +272,7 @@ impl Filesystem for Passthrough {
         let parent = self.nodes.get(create.parent)?;
         let how = OFlags::from_bits_retain(create.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let fd = sys::openat(&parent.fd, ".", how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-        let node = sys::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let entry = self.own(request, self.nodes.enter(node)?, create.mode)?;
+        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
         Ok((
             entry,
             Opened {
@@ -264,48 +282,32 @@ impl Filesystem for Passthrough {
         ))
     }
 
-    /// What is in memory is read at once, by the thread that has the request; what has to come from
-    /// a disk by another one.
+    /// Most reads are done by the thread that has the request, even if they wait for a disk: to hand
+    /// one on costs more than twice its processor time. Only the last reader does not wait.
     async fn read(&self, request: &Request, read: Read) -> Result<Data> {
         let file = self.files.get(read.handle)?;
         let mut buffer = request.buffer(read.size as usize);
-        let mut done = 0;
-        let mut in_memory = false;
-        while done < buffer.len() {
-            let parts = &mut [IoSliceMut::new(&mut buffer[done..])];
-            match rustix::io::preadv2(&file, parts, read.offset + done as u64, ReadWriteFlags::NOWAIT) {
-                Ok(0) => {
-                    buffer.truncate(done);
-                    break;
-                }
-                Ok(count) => done += count,
-                Err(rustix::io::Errno::AGAIN) => break,
-                Err(rustix::io::Errno::OPNOTSUPP) => {
-                    in_memory = true;
-                    break;
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if done == buffer.len() {
+        if let Ok(_turn) = self.may_wait.try_acquire() {
+            let count = read_at(&file, &mut buffer, read.offset, ReadWriteFlags::empty())?;
+            buffer.truncate(count);
             return Ok(buffer.into());
         }
-        let rest = move || {
-            // A short answer would mean the end of the file.
-            while done < buffer.len() {
-                match rustix::io::pread(&file, &mut buffer[done..], read.offset + done as u64) {
-                    Ok(0) => break,
-                    Ok(count) => done += count,
-                    Err(rustix::io::Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
+        match read_at(&file, &mut buffer, read.offset, ReadWriteFlags::NOWAIT) {
+            Ok(count) => {
+                buffer.truncate(count);
+                Ok(buffer.into())
             }
-            buffer.truncate(done);
-            Ok(buffer.into())
-        };
-        // A file system that cannot tell (tmpfs) has everything in memory.
-        if in_memory { rest() } else { elsewhere(rest).await }
+            // Not in memory, or a file system that cannot tell.
+            Err(Errno::EAGAIN | Errno::EOPNOTSUPP) => {
+                elsewhere(move || {
+                    let count = read_at(&file, &mut buffer, read.offset, ReadWriteFlags::empty())?;
+                    buffer.truncate(count);
+                    Ok(buffer.into())
+                })
+                .await
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn write(&self, _request: &Request, write: Write) -> Result<u32> {

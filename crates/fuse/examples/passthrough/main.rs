@@ -14,7 +14,8 @@ use std::time::Duration;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut places = Vec::new();
-    let mut readers = Config::default().readers;
+    // Beside those that the processors can keep busy, some that wait for disks.
+    let mut readers = Config::default().readers + 2;
     let mut ttl = 1.0;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -56,7 +57,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         readers,
         ..Config::default()
     };
-    let filesystem = Passthrough::new(source, Duration::from_secs_f64(ttl))?;
+    let filesystem = Passthrough::new(source, Duration::from_secs_f64(ttl), readers)?;
     let session = Session::mount(filesystem, mountpoint, options, config).await?;
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {

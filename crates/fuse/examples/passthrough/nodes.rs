@@ -3,6 +3,7 @@
 use lazarette_fuse::abi::ROOT;
 use lazarette_fuse::{Attr, Errno, Result, Timestamp};
 use rustix::fs::{self as sys, AtFlags, Mode, OFlags, Stat};
+use rustix::mount::OpenTreeFlags;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -78,6 +79,11 @@ impl Nodes {
             node.lookups.fetch_add(1, Ordering::SeqCst);
             return Ok((number, stat));
         }
+        self.made(parent, name)
+    }
+
+    /// As `lookup`, of a name that was made a moment ago: its node is hardly known.
+    pub(crate) fn made(&self, parent: &Node, name: &OsStr) -> Result<(u64, Stat)> {
         self.enter(sys::openat(
             &parent.fd,
             name,
@@ -86,8 +92,14 @@ impl Nodes {
         )?)
     }
 
+    /// As `lookup`, of a file that is open: a second descriptor that keeps nothing but the node.
+    pub(crate) fn opened(&self, file: &OwnedFd) -> Result<(u64, Stat)> {
+        let how = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        self.enter(rustix::mount::open_tree(file, "", how)?)
+    }
+
     /// Notes a node that is open.
-    pub(crate) fn enter(&self, fd: OwnedFd) -> Result<(u64, Stat)> {
+    fn enter(&self, fd: OwnedFd) -> Result<(u64, Stat)> {
         let stat = sys::fstat(&fd)?;
         let number = self.number(&stat)?;
         let fresh = Arc::new(Node {
@@ -111,7 +123,10 @@ impl Nodes {
         if let Some(node) = known.get(&number)
             && node.lookups.fetch_sub(lookups, Ordering::SeqCst) <= lookups
         {
-            known.remove(&number);
+            let forgotten = known.remove(&number);
+            // Others need not wait until it is closed.
+            drop(known);
+            drop(forgotten);
         }
     }
 }
