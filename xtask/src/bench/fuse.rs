@@ -1,7 +1,7 @@
 //! The FUSE session layer beside other pass-through file systems.
 
 use super::drop_caches;
-use super::rivals::{self, Control, Mounted, System};
+use super::rivals::{self, Control, Disk, Mounted, System};
 use anyhow::{Context, Result, bail, ensure};
 use lazarette_workload::{Phase, Work};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -240,7 +240,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
 
 async fn prepare_and_measure(args: &Args) -> Result<()> {
     allow_many_files()?;
-    let systems = rivals::all(&args.dir).await?;
+    let disk = Disk::mount(&args.dir).await?;
+    let systems = rivals::all(&args.dir, &disk).await?;
     let control = Control::mount(args.dir.join("connections"))?;
     let measured = tokio::select! {
         measured = measure(&systems, &control, args.rounds) => measured,

@@ -15,6 +15,8 @@ use std::time::Duration;
 const BACKGROUND: (u32, u32) = (64, 48);
 /// Processor time in /proc is in 1/100 s on every machine.
 const TICK: Duration = Duration::from_millis(10);
+/// Bytes of the file system that everything lies on.
+const DISK: u64 = 16 << 30;
 const LIMIT: Duration = Duration::from_secs(60);
 
 const EXAMPLES: &str = "/usr/share/doc/libfuse3-dev/examples";
@@ -60,7 +62,7 @@ pub(super) struct System {
 }
 
 /// Installs, builds and describes all of them: the one that others are compared with first.
-pub(super) async fn all(dir: &Path) -> Result<Vec<System>> {
+pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
     debian::ensure(&["bindfs", "libfuse3-dev", "fuse3", "pkg-config", "gcc", "libc6-dev"]).await?;
     let libfuse = cmd!["pkg-config", "--modversion", "fuse3"].run().await?;
     let bindfs = cmd!["bindfs", "--version"].run().await?;
@@ -70,8 +72,8 @@ pub(super) async fn all(dir: &Path) -> Result<Vec<System>> {
         program,
         arguments,
         state: dir.to_owned(),
-        source: dir.join(name).join("source"),
-        mountpoint: dir.join(name).join("mounted"),
+        source: disk.folder.join(name),
+        mountpoint: dir.join("mounted").join(name),
     };
     let ours = build_ours().await?.join("examples/passthrough");
     Ok(vec![
@@ -191,10 +193,10 @@ impl System {
         // What is in use goes away all the same: this is also how a run is ended that failed.
         let _ = rustix::mount::unmount(&self.mountpoint, UnmountFlags::DETACH);
         if let Some(process) = lazarette_e2e::process::find(&self.state, self.name) {
-            // Asked to end early it would unmount a second time, whatever is mounted there by then.
-            let _ = process.wait(LIMIT).await;
+            // Whoever made a mount namespace meanwhile has a copy of the mount, which keeps it alive.
+            let _ = process.wait(Duration::from_secs(1)).await;
         }
-        stop(&self.state, self.name, LIMIT).await
+        stop(&self.state, self.name, Duration::from_secs(10)).await
     }
 }
 
@@ -227,6 +229,37 @@ impl Mounted {
             .and_then(|line| line.split_whitespace().next())
             .context("no VmHWM")?;
         Ok(kib.parse::<u64>()? << 10)
+    }
+}
+
+/// A new XFS in a file, mounted as long as this lives. The machine's own file system may be one that
+/// creates files in very different times, as ext4 without a journal soon after many were deleted.
+pub(super) struct Disk {
+    folder: PathBuf,
+}
+
+impl Disk {
+    pub(super) async fn mount(dir: &Path) -> Result<Self> {
+        debian::ensure(&["xfsprogs"]).await?;
+        let (image, folder) = (dir.join("disk.image"), dir.join("disk"));
+        fs::create_dir_all(&folder)?;
+        fs::File::create_new(&image)?.set_len(DISK)?;
+        cmd!["mkfs.xfs", "-q", &image].run().await?;
+        // Without a second page cache below it.
+        let device = cmd!["losetup", "--find", "--show", "--direct-io=on", &image]
+            .run()
+            .await?;
+        let mounted = cmd!["mount", "-o", "noatime", device.trim(), &folder].run().await;
+        // Which is when it is unmounted, if it is mounted.
+        cmd!["losetup", "--detach", device.trim()].run().await?;
+        mounted?;
+        Ok(Self { folder })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.folder, UnmountFlags::DETACH);
     }
 }
 
