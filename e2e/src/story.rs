@@ -51,12 +51,12 @@ pub async fn play(cluster: &LocalCluster, narrator: &dyn Narrator) -> Result<()>
     narrator.step(&format!(
         "SIGKILL of storage node {owner}, the owner of the volume's metadata, while writing"
     ));
-    kill_while_writing(cluster, &mounts, owner, "owner-killed", narrator).await?;
+    hurt_while_writing(cluster, &mounts, owner, Fault::Kill, "owner-killed", narrator).await?;
     let primary = busiest_primary(cluster, "story").await?;
     narrator.step(&format!(
         "SIGKILL of storage node {primary}, a primary of its data, while writing"
     ));
-    kill_while_writing(cluster, &mounts, primary, "primary-killed", narrator).await?;
+    hurt_while_writing(cluster, &mounts, primary, Fault::Kill, "primary-killed", narrator).await?;
     mounts.unmount(cluster).await
 }
 
@@ -134,22 +134,46 @@ pub async fn appends(mounts: &Mounts, narrator: &dyn Narrator) -> Result<()> {
     Ok(())
 }
 
-/// Kills a storage node while client 0 writes; client 1 must then find all that was acknowledged.
-pub async fn kill_while_writing(
+/// What happens to a storage node's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It dies and is started again.
+    Kill,
+    /// It stands still for longer than its leases and goes on as if nothing had been.
+    Pause,
+}
+
+/// Hurts a storage node while client 0 writes; client 1 must then find all that was acknowledged.
+pub async fn hurt_while_writing(
     cluster: &LocalCluster,
     mounts: &Mounts,
     node: usize,
+    fault: Fault,
     folder: &str,
     narrator: &dyn Narrator,
 ) -> Result<()> {
     let writer = Writer::start(mounts.path(0, folder));
     writer.progress(cluster, 50).await?;
     let process = cluster.node(node).context("the storage node does not run")?;
-    process.signal(Signal::KILL)?;
-    process.wait(Duration::from_secs(20)).await?;
+    match fault {
+        Fault::Kill => {
+            process.signal(Signal::KILL)?;
+            process.wait(Duration::from_secs(20)).await?;
+        }
+        Fault::Pause => {
+            process.signal(Signal::STOP)?;
+        }
+    }
     // Only the others can serve these.
     writer.progress(cluster, 50).await?;
-    cluster.start_node(node).await?;
+    match fault {
+        Fault::Kill => {
+            cluster.start_node(node).await?;
+        }
+        Fault::Pause => {
+            process.signal(Signal::CONT)?;
+        }
+    }
     writer.progress(cluster, 50).await?;
     let report = writer.stop().await?;
     cluster.wait_until_healthy(Duration::from_secs(120)).await?;

@@ -4,7 +4,7 @@
 mod support;
 
 use lazarette_e2e::local::LocalCluster;
-use lazarette_e2e::story::{self, Mounts, Quiet};
+use lazarette_e2e::story::{self, Fault, Mounts, Quiet};
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
@@ -119,6 +119,20 @@ async fn clients_see_each_others_changes() {
     let mut byte = [0];
     open.read_exact_at(&mut byte, 3).unwrap();
     assert_eq!(byte, [1]);
+    cluster.down().await;
+}
+
+/// A stale owner or primary that wakes up changes nothing.
+#[tokio::test]
+async fn a_storage_node_may_stand_still() {
+    let cluster = Cluster::up().await;
+    let mounts = Mounts::new(&cluster.inner, "still", 2).await.unwrap();
+    for node in 0..cluster.inner.nodes() {
+        let folder = format!("paused-{node}");
+        story::hurt_while_writing(&cluster.inner, &mounts, node, Fault::Pause, &folder, &Quiet)
+            .await
+            .unwrap();
+    }
     cluster.down().await;
 }
 
