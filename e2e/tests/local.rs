@@ -5,8 +5,9 @@ mod support;
 
 use lazarette_e2e::local::LocalCluster;
 use lazarette_e2e::story::{self, Fault, Mounts, Quiet};
-use std::fs;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{self, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::process::Command;
 use support::Cluster;
 
@@ -111,6 +112,27 @@ async fn clients_see_each_others_changes() {
     let content = fs::read(a("t")).unwrap();
     assert!(content[..10].iter().all(|&byte| byte == 1) && content[10..].iter().all(|&byte| byte == 0));
     assert_eq!(content.len(), 5 << 20);
+
+    // A file without a name gets one.
+    let unnamed = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(0o20_200_000)
+        .open(a(""))
+        .unwrap();
+    unnamed.write_all_at(b"first a file, then a name", 0).unwrap();
+    assert_eq!(unnamed.metadata().unwrap().nlink(), 0);
+    let path = format!("/proc/self/fd/{}", unnamed.as_raw_fd());
+    rustix::fs::linkat(
+        rustix::fs::CWD,
+        path,
+        rustix::fs::CWD,
+        a("named"),
+        rustix::fs::AtFlags::SYMLINK_FOLLOW,
+    )
+    .unwrap();
+    drop(unnamed);
+    assert_eq!(fs::read_to_string(b("named")).unwrap(), "first a file, then a name");
 
     // An open file outlives its name.
     let open = fs::File::open(a("t")).unwrap();

@@ -114,7 +114,7 @@ impl Cache {
                 state.keep_attr(attr, as_of, until);
                 let name = match op {
                     Op::Lookup(op) => Some((op.parent, &op.name)),
-                    Op::Create(op) => Some((op.parent, &op.name)),
+                    Op::Create(op) if !op.unnamed => Some((op.parent, &op.name)),
                     Op::Link(op) => Some((op.new_parent, &op.new_name)),
                     _ => None,
                 };

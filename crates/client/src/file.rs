@@ -3,7 +3,7 @@ use crate::metadata::{NewNode, checked_name, create};
 use crate::readahead::ReadAhead;
 use crate::{Entry, Error, Result, SetAttributes, Volume};
 use bytes::Bytes;
-use lazarette_proto::meta::{Attr, Close, GetAttr, Open, request::Op};
+use lazarette_proto::meta::{Attr, Close, Create, GetAttr, Open, request::Op};
 use lazarette_types::{ErrorCode, FILE_SIZE_MAX};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -64,7 +64,7 @@ impl Volume {
         let volume = self.clone();
         let task = self.inner.work.spawn(async move {
             loop {
-                let op = create(parent, name.clone(), node.clone(), true, true);
+                let op = Op::Create(create(parent, name.clone(), node.clone(), true, true));
                 match volume.inner.call(op).await {
                     Ok(response) => {
                         let entry = volume.entry(response)?;
@@ -85,6 +85,23 @@ impl Volume {
                     done => return done,
                 }
             }
+        });
+        task.await
+            .map_err(|_| Error::new(ErrorCode::Internal, "create task failed"))?
+    }
+
+    /// Creates and opens a file without a name, which [`Volume::link`] may give it; else it goes with its
+    /// last handle.
+    pub async fn create_unnamed(&self, parent: u64, node: NewNode, mode: OpenMode) -> Result<(File, Entry)> {
+        let volume = self.clone();
+        let task = self.inner.work.spawn(async move {
+            let op = Op::Create(Create {
+                unnamed: true,
+                ..create(parent, Bytes::new(), node, true, true)
+            });
+            let entry = volume.entry(volume.inner.call(op).await?)?;
+            let inode = volume.table_entry(entry.attr);
+            Ok((volume.file(inode, mode), entry))
         });
         task.await
             .map_err(|_| Error::new(ErrorCode::Internal, "create task failed"))?

@@ -191,7 +191,7 @@ impl Volume {
 
     /// Creates something that is not opened. An existing name is an error.
     pub async fn make(&self, parent: u64, name: &[u8], node: NewNode) -> Result<Entry> {
-        let op = create(parent, checked_name(name)?, node, true, false);
+        let op = Op::Create(create(parent, checked_name(name)?, node, true, false));
         self.entry(self.inner.call(op).await?)
     }
 
@@ -279,8 +279,8 @@ impl Volume {
     }
 }
 
-pub(crate) fn create(parent: u64, name: Bytes, node: NewNode, exclusive: bool, open: bool) -> Op {
-    Op::Create(Create {
+pub(crate) fn create(parent: u64, name: Bytes, node: NewNode, exclusive: bool, open: bool) -> Create {
+    Create {
         parent,
         name,
         kind: node.kind.into(),
@@ -291,5 +291,6 @@ pub(crate) fn create(parent: u64, name: Bytes, node: NewNode, exclusive: bool, o
         target: node.target,
         exclusive,
         open,
-    })
+        unnamed: false,
+    }
 }

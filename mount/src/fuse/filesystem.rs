@@ -339,6 +339,17 @@ impl Filesystem for VolumeFilesystem {
         .await
     }
 
+    async fn tmpfile(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
+        let node = node(client::Kind::File, create.mode, request);
+        let (parent, mode) = (create.parent, open_mode(create.flags));
+        self.change(|fs| async move {
+            let (file, found) = fs.volume.create_unnamed(parent, node, mode).await?;
+            let opened = fs.opened(file, &found, true).await;
+            Ok((entry(found), opened))
+        })
+        .await
+    }
+
     async fn read(&self, _: &Request, read: Read) -> Result<Data> {
         let file = self.shared.file(read.handle).map_err(errno)?;
         let data = file.read(read.offset, read.size).await;

@@ -144,6 +144,7 @@ fn create(parent: u64, name: &str, kind: Kind) -> Op {
         target: if kind == Kind::Symlink { "t".into() } else { "".into() },
         exclusive: true,
         open: false,
+        unnamed: false,
     })
 }
 

@@ -11,6 +11,8 @@ const MAX_ENTRIES: u32 = 4096;
 const MAX_TARGET: usize = 4095;
 /// Names of one inode at most.
 const MAX_LINKS: u32 = 1 << 30;
+/// The parent of a file that was created without a name and has not got one yet.
+const NEVER_NAMED: InodeId = InodeId(0);
 
 impl Namespace {
     pub(super) fn lookup(&self, op: &Lookup) -> Result<Reply, Fault> {
@@ -60,7 +62,11 @@ impl Namespace {
     }
 
     pub(super) fn create(&mut self, session: SessionId, id: u64, op: &Create, now: i64) -> Result<OpResult, Fault> {
-        check_name(&op.name)?;
+        if !op.unnamed {
+            check_name(&op.name)?;
+        } else if !op.name.is_empty() || op.kind != i32::from(Kind::File) || !op.open {
+            return Err(invalid("only an open file can do without a name"));
+        }
         let kind = Kind::try_from(op.kind).unwrap_or(Kind::Unspecified);
         if kind == Kind::Unspecified {
             return Err(invalid("kind is not given"));
@@ -106,7 +112,11 @@ impl Namespace {
         let inode = Inode {
             kind,
             mode,
-            nlink: if is_dir { 2 } else { 1 },
+            nlink: match (op.unnamed, is_dir) {
+                (true, _) => 0,
+                (false, true) => 2,
+                (false, false) => 1,
+            },
             uid: op.uid,
             gid,
             size: op.target.len() as u64,
@@ -124,12 +134,14 @@ impl Namespace {
                 0
             },
             change: 1,
-            parent: dir,
+            parent: if op.unnamed { NEVER_NAMED } else { dir },
             next_cookie: u64::from(is_dir),
             target: op.target.to_vec().into(),
         };
         self.state.put(Key::attributes(ino), Row::Inode(Box::new(inode)));
-        self.add_entry(dir, &op.name, ino, is_dir, now);
+        if !op.unnamed {
+            self.add_entry(dir, &op.name, ino, is_dir, now);
+        }
         if op.open {
             self.reopen(session, ino, id);
         }
@@ -254,7 +266,7 @@ impl Namespace {
         if inode.is_dir() {
             return Err(Fault::new(ErrorCode::NotPermitted, "directories have one name only"));
         }
-        if inode.nlink == 0 {
+        if inode.nlink == 0 && inode.parent != NEVER_NAMED {
             return Err(Fault::new(ErrorCode::NotFound, "inode has no name any more"));
         }
         if inode.nlink >= MAX_LINKS {

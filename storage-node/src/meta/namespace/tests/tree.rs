@@ -54,6 +54,40 @@ fn creating_an_existing_name_fails_only_when_exclusive() {
 }
 
 #[test]
+fn a_file_without_a_name_gets_one_or_goes() {
+    let mut t = tree();
+    let unnamed = |name: &str, open| match create(1, name, Kind::File) {
+        Op::Create(op) => Op::Create(Create {
+            unnamed: true,
+            open,
+            ..op
+        }),
+        _ => unreachable!(),
+    };
+    assert_eq!(t.call(unnamed("f", true)), Err(ErrorCode::InvalidArgument));
+    assert_eq!(t.call(unnamed("", false)), Err(ErrorCode::InvalidArgument));
+    let (kept, dropped) = (t.attr(unnamed("", true)), t.attr(unnamed("", true)));
+    assert_eq!((kept.nlink, t.list(1).len(), t.used().1), (0, 0, 3));
+    let link = |ino, name: &str| {
+        Op::Link(Link {
+            ino,
+            new_parent: 1,
+            new_name: name.as_bytes().to_vec().into(),
+        })
+    };
+    assert_eq!(t.attr(link(kept.ino, "f")).nlink, 1);
+    for ino in [kept.ino, dropped.ino] {
+        t.call(Op::Close(Close { ino })).unwrap();
+    }
+    assert_eq!((t.find(1, "f"), t.used().1), (Ok(kept.ino), 2));
+    // One that had a name and lost it gets none again.
+    t.call(Op::Open(Open { ino: kept.ino })).unwrap();
+    let name = b"f".to_vec().into();
+    t.call(Op::Unlink(Unlink { parent: 1, name })).unwrap();
+    assert_eq!(t.call(link(kept.ino, "g")), Err(ErrorCode::NotFound));
+}
+
+#[test]
 fn bad_names_change_nothing() {
     let mut t = tree();
     for name in ["", ".", "..", "a/b", "a\0b"] {
