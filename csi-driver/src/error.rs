@@ -25,6 +25,8 @@ pub fn csi_code(code: ErrorCode) -> Code {
         ErrorCode::WouldBlock | ErrorCode::Deadlock | ErrorCode::Interrupted => Code::Aborted,
         ErrorCode::NotOwner
         | ErrorCode::WrongEpoch
+        | ErrorCode::Late
+        | ErrorCode::Overtaken
         | ErrorCode::Unavailable
         | ErrorCode::SessionExpired
         | ErrorCode::Stale => Code::Unavailable,
@@ -91,6 +93,8 @@ mod tests {
             (ErrorCode::InsufficientNodes, Code::ResourceExhausted),
             (ErrorCode::NotOwner, Code::Unavailable),
             (ErrorCode::WrongEpoch, Code::Unavailable),
+            (ErrorCode::Late, Code::Unavailable),
+            (ErrorCode::Overtaken, Code::Unavailable),
             (ErrorCode::Unavailable, Code::Unavailable),
             (ErrorCode::SessionExpired, Code::Unavailable),
             (ErrorCode::Corrupt, Code::Internal),

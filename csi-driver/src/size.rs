@@ -30,6 +30,9 @@ pub enum SizeError {
         /// As given.
         value: i64,
     },
+    /// A range that asks for nothing.
+    #[error("capacity_range asks for 0 bytes; set required_bytes or limit_bytes, or leave capacity_range out")]
+    Zero,
     /// Limit below the requirement.
     #[error("capacity_range.limit_bytes ({limit}) is below required_bytes ({required}); raise the limit")]
     Empty {
@@ -51,8 +54,12 @@ pub enum SizeError {
 }
 
 impl SizeRange {
-    /// Reads a range; absent or empty asks for [`DEFAULT`].
+    /// Reads a range; an absent one asks for [`DEFAULT`].
     pub fn parse(range: Option<&CapacityRange>) -> Result<Self, SizeError> {
+        // The specification: at least one of the two fields must be there, and 0 is not there.
+        if range.is_some_and(|range| range.required_bytes == 0 && range.limit_bytes == 0) {
+            return Err(SizeError::Zero);
+        }
         let range = range.copied().unwrap_or_default();
         let bytes = |field, value: i64| u64::try_from(value).map_err(|_| SizeError::Negative { field, value });
         let required = bytes("required_bytes", range.required_bytes)?;
@@ -95,7 +102,6 @@ mod tests {
     #[test]
     fn sizes_are_whole_units_in_the_range() {
         assert_eq!(SizeRange::parse(None).map(|r| r.size), Ok(DEFAULT));
-        assert_eq!(parse(0, 0), Ok(DEFAULT));
         assert_eq!(parse(1, 0), Ok(UNIT));
         assert_eq!(parse(10 << 30, 0), Ok(10 << 30));
         assert_eq!(parse((10 << 30) + 1, 0), Ok((10 << 30) + UNIT));
@@ -108,6 +114,7 @@ mod tests {
     #[test]
     fn impossible_ranges_are_refused() {
         for (required, limit, word) in [
+            (0, 0, "0 bytes"),
             (-1, 0, "required_bytes is -1"),
             (0, -5, "limit_bytes is -5"),
             (2 << 20, 1 << 20, "below required_bytes"),

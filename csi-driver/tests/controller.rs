@@ -236,6 +236,9 @@ async fn bad_requests_are_refused_by_name() {
     wanted.mutable_parameters.insert("a".to_owned(), "b".to_owned());
     bench.refused(wanted, invalid, "mutable_parameters").await;
     bench
+        .refused(request("x", 0, 0), Code::OutOfRange, "asks for 0 bytes")
+        .await;
+    bench
         .refused(request("x", -1, 0), Code::OutOfRange, "required_bytes")
         .await;
     bench
@@ -299,7 +302,7 @@ async fn volumes_grow_and_never_shrink() {
     assert_eq!(bench.expand(&id, 3 * GIB, 0).await.unwrap(), 3 * GIB, "twice");
     assert_eq!(bench.expand(&id, GIB, 0).await.unwrap(), 3 * GIB, "large enough");
     assert_eq!(bench.expand(&id, 3 * GIB + 1, 0).await.unwrap(), 3 * GIB + (1 << 20));
-    for (required, limit) in [(GIB, 2 * GIB), (-1, 0), (5 * GIB, 4 * GIB)] {
+    for (required, limit) in [(GIB, 2 * GIB), (0, 0), (-1, 0), (5 * GIB, 4 * GIB)] {
         let error = bench.expand(&id, required, limit).await.unwrap_err();
         assert_eq!(error.code(), Code::OutOfRange, "{required}..{limit}: {error}");
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::{cmd, debian};
 
@@ -32,11 +32,34 @@ pub fn release_dir() -> PathBuf {
 }
 
 /// What pods of the tests and the demo run.
-const WORKLOAD: &str = "lazarette-workload";
+pub const WORKLOAD: &str = "lazarette-workload";
 
 /// Builds the programs that hold and mount data; returns the folder they are in.
 pub async fn storage() -> Result<PathBuf> {
     programs(&[STORAGE_NODE, MOUNT]).await
+}
+
+/// What a cargo that runs this program has set for this program's package.
+const OF_OUR_PACKAGE: [&str; 8] = [
+    "CARGO_MANIFEST_DIR",
+    "CARGO_MANIFEST_LINKS",
+    "CARGO_PKG_NAME",
+    "CARGO_PKG_VERSION",
+    "CARGO_PKG_VERSION_MAJOR",
+    "CARGO_PKG_VERSION_MINOR",
+    "CARGO_PKG_VERSION_PATCH",
+    "CARGO_PKG_VERSION_PRE",
+];
+
+/// Cargo, as from a shell, for who wants its output as it comes. Build scripts (ring's) have cargo watch
+/// the variables of the package, so that it would compile half of the dependencies anew for each program
+/// that calls it.
+pub fn cargo_command() -> std::process::Command {
+    let mut command = std::process::Command::new("cargo");
+    for name in OF_OUR_PACKAGE {
+        command.env_remove(name);
+    }
+    command
 }
 
 /// Builds everything; returns the folder.
@@ -47,17 +70,29 @@ pub async fn all() -> Result<PathBuf> {
     programs(&[CSI, OPERATOR, WORKLOAD]).await
 }
 
+/// Builds an example of a package, optimised; returns its path.
+pub async fn example(package: &str, name: &str) -> Result<PathBuf> {
+    let folder = release(["--package", package, "--example", name]).await?;
+    Ok(folder.join("examples").join(name))
+}
+
 /// Builds programs (their packages have the same names), optimised.
 async fn programs(names: &[&str]) -> Result<PathBuf> {
     // etcd's client generates its code with protoc at build time.
     debian::ensure(&["protobuf-compiler"]).await?;
-    let packages = names.iter().flat_map(|name| ["--package", name]);
-    cmd!["cargo", "build", "--release", "--quiet"]
-        .args(packages)
+    release(names.iter().flat_map(|name| ["--package", name])).await
+}
+
+/// Builds what these arguments of cargo select, optimised; returns the folder.
+pub async fn release<'a>(selection: impl IntoIterator<Item = &'a str>) -> Result<PathBuf> {
+    let unset = OF_OUR_PACKAGE.iter().flat_map(|name| ["--unset", name]);
+    cmd!["env"]
+        .args(unset)
+        .args(["cargo", "build", "--release", "--quiet"])
+        .args(selection)
         .cwd(workspace_root())
         .limit(Duration::from_secs(3000))
         .run()
-        .await
-        .with_context(|| format!("build {}", names.join(", ")))?;
+        .await?;
     Ok(release_dir())
 }

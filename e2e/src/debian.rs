@@ -1,5 +1,9 @@
 //! Programs that come from the distribution.
 
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -19,7 +23,7 @@ pub const LAB_PACKAGES: &[&str] = &[
     "busybox-static",
 ];
 
-/// Installs the packages that are missing.
+/// Installs the packages that are missing, without starting any service of theirs.
 pub async fn ensure(packages: &[&str]) -> Result<()> {
     let missing = missing(packages).await?;
     if missing.is_empty() {
@@ -36,12 +40,46 @@ pub async fn ensure(packages: &[&str]) -> Result<()> {
         .run()
         .await
         .context("refresh the package lists")?;
+    let _services = NoServices::forbid()?;
     apt(&["install", "-y", "-qq", "--no-install-recommends"])
         .args(&missing)
         .run()
         .await
         .with_context(|| format!("install {}", missing.join(" ")))?;
     Ok(())
+}
+
+/// While it lives, packages that are installed do not start their services.
+struct NoServices {
+    /// Whether the machine had such a rule before, of its own.
+    had: bool,
+}
+
+impl NoServices {
+    /// What packages ask before they start a service.
+    const RULE: &str = "/usr/sbin/policy-rc.d";
+
+    fn forbid() -> Result<Self> {
+        let had = Path::new(Self::RULE).exists();
+        if !had {
+            fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o755)
+                .open(Self::RULE)
+                .and_then(|mut file| file.write_all(b"#!/bin/sh\nexit 101\n"))
+                .with_context(|| format!("write {}", Self::RULE))?;
+        }
+        Ok(Self { had })
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if !self.had {
+            let _ = fs::remove_file(Self::RULE);
+        }
+    }
 }
 
 async fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {

@@ -2,7 +2,12 @@
 //! mounted in folders.
 //!
 //! Everything lives in one folder: `local.json` (ports, chosen once), `run/` and `logs/` (see
-//! [`crate::process`]), `etcd/` and `storage-N/` (the data).
+//! [`crate::process`]), `etcd-N/` and `storage-N/` (the data). For tests of failures every part can
+//! have a network of its own, and every storage node a small disk ([`Shape`]).
+
+mod disk;
+mod etcd;
+mod network;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +15,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lazarette_proto::cluster::cluster_client::ClusterClient;
-use lazarette_proto::cluster::{ClusterStatus, CreateVolumeRequest, GetStatusRequest, ReplicationPolicy, Volume};
+use lazarette_proto::cluster::{
+    ClusterStatus, CreateVolumeRequest, GetStatusRequest, GetVolumeRequest, ReplicationPolicy, Volume,
+};
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
+use self::network::{Network, Station};
 use crate::process::{self, Daemon, Process};
 use crate::tools::{self, Tool};
 use crate::{Deadline, build, wait_for};
@@ -34,9 +43,31 @@ pub struct LocalCluster {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Config {
-    etcd_client: u16,
-    etcd_peer: u16,
+    etcd: Vec<EtcdPorts>,
     nodes: Vec<NodePorts>,
+    /// Further arguments of the storage nodes.
+    #[serde(default)]
+    node_args: Vec<String>,
+    /// See [`Network`].
+    network: Option<u8>,
+    /// Size of each storage node's disk.
+    disk_mib: Option<u64>,
+}
+
+impl Config {
+    /// Where its parts listen, running or not.
+    fn ports(&self) -> impl Iterator<Item = u16> {
+        let nodes = self.nodes.iter().flat_map(|node| [node.grpc, node.admin]);
+        let etcd = self.etcd.iter().flat_map(|member| [member.client, member.peer]);
+        nodes.chain(etcd)
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EtcdPorts {
+    client: u16,
+    peer: u16,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,6 +75,44 @@ struct Config {
 struct NodePorts {
     grpc: u16,
     admin: u16,
+}
+
+/// What a new cluster consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Storage nodes, 1 to 64.
+    pub storage_nodes: usize,
+    /// Members of etcd, 1 to 5.
+    pub etcd_members: usize,
+    /// Gives every process a network namespace, so that [`LocalCluster::cut`] works. Needs root.
+    pub networks: bool,
+    /// Gives every storage node a disk of this size, in a file. Needs root.
+    pub disk_mib: Option<u64>,
+    /// Further arguments of the storage nodes, now and later.
+    pub node_args: &'static [&'static str],
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            storage_nodes: 3,
+            etcd_members: 1,
+            networks: false,
+            disk_mib: None,
+            node_args: &[],
+        }
+    }
+}
+
+/// A part of the cluster that can be cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// The member with this index.
+    Etcd(usize),
+    /// The storage node with this index.
+    StorageNode(usize),
+    /// The mount daemon of this folder.
+    Mount(&'a Path),
 }
 
 /// What a process does in the cluster.
@@ -83,31 +152,49 @@ impl Role {
 struct Mount {
     volume: String,
     target: PathBuf,
+    /// Its number in the cluster's network.
+    station: u8,
 }
 
 impl LocalCluster {
     /// Starts what is not running, building what is missing, and waits until the cluster serves.
-    /// `nodes` counts for a new folder only (default 3); a folder with data keeps its number.
+    /// A new folder gets `nodes` storage nodes (default 3); one with data gets more if it has fewer.
     pub async fn up(dir: &Path, nodes: Option<usize>) -> Result<Self> {
-        let etcd = tools::ensure(&[Tool::Etcd]).await?.remove(0);
+        let shape = Shape::default();
+        let storage_nodes = nodes.unwrap_or(shape.storage_nodes);
+        Self::start_all(dir, Shape { storage_nodes, ..shape }, nodes).await
+    }
+
+    /// As [`Self::up`]; the shape counts for a new folder only.
+    pub async fn up_as(dir: &Path, shape: Shape) -> Result<Self> {
+        Self::start_all(dir, shape, None).await
+    }
+
+    async fn start_all(dir: &Path, shape: Shape, nodes: Option<usize>) -> Result<Self> {
+        tools::ensure(&[Tool::Etcd]).await?;
         build::storage().await?;
-        let cluster = match Self::open(dir) {
+        let mut cluster = match Self::open(dir) {
             Ok(cluster) => cluster,
-            Err(_) if !dir.join("local.json").exists() => Self::create(dir, nodes.unwrap_or(3))?,
+            Err(_) if !dir.join("local.json").exists() => Self::create(dir, shape)?,
             Err(error) => return Err(error),
         };
-        let have = cluster.config.nodes.len();
-        ensure!(
-            nodes.is_none_or(|wanted| wanted == have),
-            "{} holds a cluster of {have} storage nodes; leave --nodes out or use another --dir",
-            dir.display()
-        );
-        cluster.start_etcd(&etcd).await?;
-        for index in 0..have {
-            cluster.start_node(index).await?;
-        }
-        cluster.wait_until_healthy(Duration::from_secs(60)).await?;
+        cluster.grow(nodes)?;
+        cluster.start().await?;
         Ok(cluster)
+    }
+
+    /// Starts what is not running and waits until the cluster serves.
+    pub async fn start(&self) -> Result<()> {
+        if let Some(network) = self.network() {
+            network.up().await?;
+        }
+        for member in 0..self.config.etcd.len() {
+            self.start_etcd(member).await?;
+        }
+        for index in 0..self.nodes() {
+            self.start_node(index).await?;
+        }
+        self.wait_until_healthy(Duration::from_secs(60)).await.map(drop)
     }
 
     /// The cluster of a folder that `up` has made.
@@ -115,19 +202,27 @@ impl LocalCluster {
         let path = dir.join("local.json");
         let text = fs::read(&path)
             .with_context(|| format!("{} holds no local cluster; `local up` makes one", dir.display()))?;
-        let config = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
+        let config = serde_json::from_slice(&text)
+            .with_context(|| format!("read {}; delete the folder if an older version made it", path.display()))?;
         let dir = fs::canonicalize(dir)?;
         Ok(Self { dir, config })
     }
 
-    fn create(dir: &Path, nodes: usize) -> Result<Self> {
+    fn create(dir: &Path, shape: Shape) -> Result<Self> {
+        let (nodes, members) = (shape.storage_nodes, shape.etcd_members);
         ensure!((1..=64).contains(&nodes), "--nodes is {nodes}; use 1 to 64");
+        ensure!((1..=5).contains(&members), "{members} members of etcd; use 1 to 5");
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-        let mut ports = free_ports(2 + 2 * nodes)?.into_iter();
+        let mut ports = free_ports(2 * (nodes + members), &[])?.into_iter();
         let mut port = || ports.next().context("too few ports");
+        let etcd = (0..members).map(|_| {
+            Ok(EtcdPorts {
+                client: port()?,
+                peer: port()?,
+            })
+        });
         let config = Config {
-            etcd_client: port()?,
-            etcd_peer: port()?,
+            etcd: etcd.collect::<Result<_>>()?,
             nodes: (0..nodes)
                 .map(|_| {
                     Ok(NodePorts {
@@ -136,42 +231,112 @@ impl LocalCluster {
                     })
                 })
                 .collect::<Result<_>>()?,
+            node_args: shape.node_args.iter().map(|arg| (*arg).to_owned()).collect(),
+            network: shape.networks.then(Network::free_number).transpose()?,
+            disk_mib: shape.disk_mib,
         };
         process::write_atomically(&dir.join("local.json"), &serde_json::to_vec_pretty(&config)?)?;
         Self::open(dir)
     }
 
-    async fn start_etcd(&self, binary: &Path) -> Result<()> {
-        let client = format!("http://127.0.0.1:{}", self.config.etcd_client);
-        let peer = format!("http://127.0.0.1:{}", self.config.etcd_peer);
-        Daemon::new("etcd", &self.dir, binary)
-            .args(["--name=local", "--log-level=warn"])
-            .arg(format!("--data-dir={}", self.dir.join("etcd").display()))
-            .arg(format!("--listen-client-urls={client}"))
-            .arg(format!("--advertise-client-urls={client}"))
-            .arg(format!("--listen-peer-urls={peer}"))
-            .arg(format!("--initial-advertise-peer-urls={peer}"))
-            .arg(format!("--initial-cluster=local={peer}"))
-            .args(ETCD_SETTINGS)
-            .start()
-            .await?;
+    /// Adds storage nodes until there are so many; they are not started.
+    fn grow(&mut self, nodes: Option<usize>) -> Result<()> {
+        let have = self.config.nodes.len();
+        let wanted = nodes.unwrap_or(have);
+        ensure!(
+            (have..=64).contains(&wanted),
+            "{} holds a cluster of {have} storage nodes; use --nodes {have} to 64, or another --dir",
+            self.dir.display()
+        );
+        // What is not running has its ports all the same.
+        let taken: Vec<_> = self.config.ports().collect();
+        for ports in free_ports(2 * (wanted - have), &taken)?.chunks_exact(2) {
+            let (grpc, admin) = (ports[0], ports[1]);
+            self.config.nodes.push(NodePorts { grpc, admin });
+        }
+        process::write_atomically(&self.dir.join("local.json"), &serde_json::to_vec_pretty(&self.config)?)
+    }
+
+    fn network(&self) -> Option<Network> {
+        Some(Network::of(&self.dir, self.config.network?))
+    }
+
+    /// Where a part of the cluster listens.
+    fn host(&self, part: Part<'_>) -> Result<String> {
+        let Some(network) = self.network() else {
+            return Ok("127.0.0.1".to_owned());
+        };
+        Ok(network.address(self.station(part)?))
+    }
+
+    fn station(&self, part: Part<'_>) -> Result<Station> {
+        let number = match part {
+            Part::Etcd(member) => 10 + u8::try_from(member)?,
+            Part::StorageNode(index) => 20 + u8::try_from(index)?,
+            Part::Mount(target) => self.mount_record(target)?.station,
+        };
+        Ok(Station { number })
+    }
+
+    fn mount_record(&self, target: &Path) -> Result<Mount> {
+        let path = self.dir.join("mounts").join(mount_name(&absolute(target)?));
+        let text = fs::read(&path).with_context(|| format!("nothing was mounted at {}", target.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+
+    /// A daemon in its part's network, if it has one of its own.
+    async fn daemon(&self, name: &str, program: &Path, part: Part<'_>) -> Result<Daemon> {
+        let Some(network) = self.network() else {
+            return Ok(Daemon::new(name, &self.dir, program));
+        };
+        let station = self.station(part)?;
+        network.connect(station).await?;
+        let [enter, args @ ..] = network.enter(station)?;
+        Ok(Daemon::new(name, &self.dir, enter).args(args).arg(program))
+    }
+
+    /// Drops every packet to and from a part, so that it and the others see silence.
+    pub async fn cut(&self, part: Part<'_>) -> Result<()> {
+        self.plug(part, false).await?;
+        let url = match part {
+            Part::Etcd(member) => self.etcd_url(member)?,
+            Part::StorageNode(index) => self.endpoints().swap_remove(index),
+            Part::Mount(_) => return Ok(()),
+        };
+        let address = url.trim_start_matches("http://");
+        let heard = tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(address)).await;
+        ensure!(heard.is_err(), "{part:?} was cut off and answers: {heard:?}");
         Ok(())
+    }
+
+    /// Ends [`Self::cut`].
+    pub async fn heal(&self, part: Part<'_>) -> Result<()> {
+        self.plug(part, true).await
+    }
+
+    async fn plug(&self, part: Part<'_>, plugged: bool) -> Result<()> {
+        let network = self.network().context("this cluster has no networks to cut")?;
+        network.cut(self.station(part)?, !plugged).await
     }
 
     /// Starts storage node `index` unless it runs.
     pub async fn start_node(&self, index: usize) -> Result<Process> {
         let ports = self.config.nodes.get(index).context("no such storage node")?;
-        let name = node_name(index);
-        let data = self.dir.join(&name);
+        let (name, data) = (node_name(index), self.data_dir(index));
+        self.attach_disk(index).await?;
         fs::create_dir_all(&data)?;
-        Daemon::new(&name, &self.dir, build::release_dir().join(build::STORAGE_NODE))
+        let host = self.host(Part::StorageNode(index))?;
+        let program = build::release_dir().join(build::STORAGE_NODE);
+        self.daemon(&name, &program, Part::StorageNode(index))
+            .await?
             .arg("serve")
             .args(["--cluster", "local", "--node", &name, "--failure-domain", &name])
-            .arg(format!("--etcd=http://127.0.0.1:{}", self.config.etcd_client))
+            .arg(format!("--etcd={}", self.etcd()))
             .arg(format!("--data-dir={}", data.display()))
-            .arg(format!("--listen=127.0.0.1:{}", ports.grpc))
-            .arg(format!("--advertise=127.0.0.1:{}", ports.grpc))
-            .arg(format!("--admin=127.0.0.1:{}", ports.admin))
+            .arg(format!("--listen={host}:{}", ports.grpc))
+            .arg(format!("--advertise={host}:{}", ports.grpc))
+            .arg(format!("--admin={host}:{}", ports.admin))
+            .args(&self.config.node_args)
             .start()
             .await
     }
@@ -226,22 +391,25 @@ impl LocalCluster {
 
     /// `http://host:port` of the storage nodes.
     pub fn endpoints(&self) -> Vec<String> {
-        let url = |ports: &NodePorts| format!("http://127.0.0.1:{}", ports.grpc);
-        self.config.nodes.iter().map(url).collect()
-    }
-
-    /// `http://host:port` of etcd.
-    pub fn etcd(&self) -> String {
-        format!("http://127.0.0.1:{}", self.config.etcd_client)
+        let url = |(index, ports): (usize, &NodePorts)| {
+            let host = self.host(Part::StorageNode(index)).unwrap_or_default();
+            format!("http://{host}:{}", ports.grpc)
+        };
+        self.config.nodes.iter().enumerate().map(url).collect()
     }
 
     /// Creates a volume with as many copies as the cluster can hold (at most 3), acknowledged at
     /// two; returns the existing one if it was made like that.
     pub async fn volume(&self, name: &str) -> Result<Volume> {
+        self.volume_of(name, VOLUME_BYTES).await
+    }
+
+    /// The same with a quota in bytes.
+    pub async fn volume_of(&self, name: &str, size: u64) -> Result<Volume> {
         let copies = self.nodes().min(3) as u32;
         let request = CreateVolumeRequest {
             name: name.into(),
-            size: VOLUME_BYTES,
+            size,
             replication: Some(ReplicationPolicy {
                 copies,
                 ack: copies.min(2),
@@ -254,7 +422,13 @@ impl LocalCluster {
 
     /// Mounts a volume at a folder (both are made if need be), with a mount daemon of its own.
     pub async fn mount(&self, volume: &str, target: &Path) -> Result<Process> {
-        self.volume(volume).await?;
+        let find = GetVolumeRequest {
+            name: volume.into(),
+            ..GetVolumeRequest::default()
+        };
+        if self.client().await?.get_volume(find).await.is_err() {
+            self.volume(volume).await?;
+        }
         fs::create_dir_all(target).or_else(|error| match is_mounted(target) {
             // A dead mount: the daemon clears it away.
             Ok(true) => Ok(()),
@@ -262,14 +436,23 @@ impl LocalCluster {
         })?;
         let target = absolute(target)?;
         let name = mount_name(&target);
-        fs::create_dir_all(self.dir.join("mounts"))?;
-        let mount = Mount {
-            volume: volume.into(),
-            target: target.clone(),
-        };
         let record = self.dir.join("mounts").join(&name);
-        process::write_atomically(&record, &serde_json::to_vec(&mount)?)?;
-        let daemon = Daemon::new(&name, &self.dir, build::release_dir().join(build::MOUNT))
+        if !record.exists() {
+            fs::create_dir_all(self.dir.join("mounts"))?;
+            let taken: Vec<u8> = self.mounts()?.iter().map(|mount| mount.station).collect();
+            let mount = Mount {
+                volume: volume.into(),
+                target: target.clone(),
+                station: (100..=254)
+                    .find(|number| !taken.contains(number))
+                    .context("too many mounts")?,
+            };
+            process::write_atomically(&record, &serde_json::to_vec(&mount)?)?;
+        }
+        let program = build::release_dir().join(build::MOUNT);
+        let daemon = self
+            .daemon(&name, &program, Part::Mount(&target))
+            .await?
             .arg("mount")
             .args(self.endpoints().iter().flat_map(|url| ["--endpoint", url]))
             .args(["--volume", volume, "--foreground", "--target"])
@@ -281,8 +464,10 @@ impl LocalCluster {
             deadline,
             format!("{volume} to be mounted at {}", target.display()),
             || {
+                // What is mounted may be a dead daemon's, which the new one has yet to clear away.
+                let serves = || rustix::fs::statvfs(&target).is_ok();
                 let state = if process.is_running() {
-                    is_mounted(&target).map(|mounted| mounted.then_some(true))
+                    is_mounted(&target).map(|mounted| (mounted && serves()).then_some(true))
                 } else {
                     Ok(Some(false))
                 };
@@ -319,16 +504,34 @@ impl LocalCluster {
         process::find(&self.dir, &node_name(index))
     }
 
+    /// The process that serves a mount, if it runs.
+    pub fn mount_daemon(&self, target: &Path) -> Result<Option<Process>> {
+        Ok(process::find(&self.dir, &mount_name(&absolute(target)?)))
+    }
+
+    fn mounts(&self) -> Result<Vec<Mount>> {
+        let entries = fs::read_dir(self.dir.join("mounts")).into_iter().flatten();
+        entries
+            .map(|entry| Ok(serde_json::from_slice(&fs::read(entry?.path())?)?))
+            .collect()
+    }
+
     /// Unmounts everything and stops all processes; the data stays.
     pub async fn down(&self) -> Result<()> {
-        for entry in fs::read_dir(self.dir.join("mounts")).into_iter().flatten() {
-            let mount: Mount = serde_json::from_slice(&fs::read(entry?.path())?)?;
+        for mount in self.mounts()? {
             self.umount(&mount.target).await?;
         }
         for index in 0..self.nodes() {
             process::stop(&self.dir, &node_name(index), GRACE).await?;
         }
-        process::stop_all(&self.dir, GRACE).await
+        process::stop_all(&self.dir, GRACE).await?;
+        for index in 0..self.nodes() {
+            self.detach_disk(index)?;
+        }
+        match self.network() {
+            Some(network) => network.down().await,
+            None => Ok(()),
+        }
     }
 
     /// As [`Self::down`], then deletes the folder.
@@ -337,14 +540,6 @@ impl LocalCluster {
         fs::remove_dir_all(&self.dir).with_context(|| format!("delete {}", self.dir.display()))
     }
 }
-
-/// What Lazarette's etcd is run with, here as in the operator's StatefulSet.
-const ETCD_SETTINGS: &[&str] = &[
-    "--quota-backend-bytes=8589934592",
-    "--auto-compaction-mode=periodic",
-    "--auto-compaction-retention=1m",
-    "--snapshot-count=2000",
-];
 
 /// The name of storage node `index`, also of its daemon and data folder.
 pub fn node_name(index: usize) -> String {
@@ -381,10 +576,36 @@ fn detach(target: &Path) -> Result<()> {
     Ok(())
 }
 
-fn free_ports(count: usize) -> Result<Vec<u16>> {
-    let listeners: Vec<_> = (0..count)
-        .map(|_| std::net::TcpListener::bind("127.0.0.1:0"))
-        .collect::<std::io::Result<_>>()?;
-    let ports = listeners.iter().map(|listener| Ok(listener.local_addr()?.port()));
-    ports.collect()
+/// Ports that nobody listens on and that are not `taken`, none of those that the kernel gives to connections:
+/// one of these may be taken while a process that has it is dead for a moment.
+fn free_ports(count: usize, taken: &[u16]) -> Result<Vec<u16>> {
+    const FIRST: u16 = 10_000;
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").context("read the range of ports")?;
+    let end: u16 = range.split_whitespace().next().context("no range of ports")?.parse()?;
+    ensure!(end > FIRST, "the kernel gives connections all ports from {end} on");
+    // Not the ones that another process, which also looks for some, tries first.
+    let start = u32::from(end - FIRST) * (std::process::id() % 1009) / 1009;
+    let all = (FIRST..end).cycle().skip(start as usize).take(usize::from(end - FIRST));
+    let free = all
+        .filter(|port| !taken.contains(port))
+        .filter(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    let ports: Vec<_> = free.take(count).collect();
+    ensure!(ports.len() == count, "there are no {count} free ports below {end}");
+    Ok(ports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn a_new_node_gets_ports_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut cluster = LocalCluster::create(folder.path(), Shape::default()).unwrap();
+        // Nothing runs, so all ports are free.
+        cluster.grow(Some(5)).unwrap();
+        assert_eq!(cluster.config.ports().collect::<HashSet<_>>().len(), 12);
+    }
 }

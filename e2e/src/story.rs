@@ -77,6 +77,11 @@ impl Mounts {
         Ok(Self { folders })
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.folders.len()
+    }
+
     /// A path under mount `client`.
     pub fn path(&self, client: usize, name: &str) -> PathBuf {
         self.folders[client].join(name)
@@ -193,14 +198,16 @@ pub async fn hurt_while_writing(
 }
 
 /// [`steady`] in the background.
-struct Writer {
+#[derive(Debug)]
+pub struct Writer {
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<Result<lazarette_workload::Report>>,
 }
 
 impl Writer {
-    fn start(dir: PathBuf) -> Self {
+    /// Writes in a folder.
+    pub fn start(dir: PathBuf) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let written = Arc::new(AtomicU64::new(0));
         let (stop_here, written_here) = (Arc::clone(&stop), Arc::clone(&written));
@@ -214,7 +221,7 @@ impl Writer {
     }
 
     /// Waits for so many more records.
-    async fn progress(&self, cluster: &LocalCluster, records: u64) -> Result<()> {
+    pub async fn progress(&self, cluster: &LocalCluster, records: u64) -> Result<()> {
         let goal = self.written.load(Ordering::Relaxed) + records;
         let deadline = Deadline::secs(120).logs(cluster.dir().join("logs"));
         wait_for(deadline, format!("{records} more records"), || async {
@@ -225,7 +232,8 @@ impl Writer {
         .await
     }
 
-    async fn stop(mut self) -> Result<lazarette_workload::Report> {
+    /// Ends it; tells what was acknowledged.
+    pub async fn stop(mut self) -> Result<lazarette_workload::Report> {
         self.stop.store(true, Ordering::Relaxed);
         (&mut self.task).await?
     }

@@ -1,9 +1,9 @@
 //! What every reconciliation needs.
 
 use crate::cluster::Defaults;
+use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::ObjectRef;
-use kube::{Client, ResourceExt};
 use lazarette_api::{StorageCluster, storage_endpoint};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -46,10 +46,10 @@ impl Context {
     }
 
     /// The `host:port` where a cluster's storage nodes are asked.
-    pub fn storage_address(&self, cluster: &StorageCluster) -> String {
+    pub fn storage_address(&self, namespace: &str, cluster: &str) -> String {
         self.storage_address
             .clone()
-            .unwrap_or_else(|| storage_endpoint(&cluster.namespace().unwrap_or_default(), &cluster.name_any()))
+            .unwrap_or_else(|| storage_endpoint(namespace, cluster))
     }
 
     /// Counts a failure and says how long to wait.

@@ -5,7 +5,7 @@ use crate::context::Context;
 use futures::StreamExt;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::runtime::controller::{Action, Config};
@@ -72,6 +72,7 @@ pub async fn run(
         // A rollout makes many changes at once.
         .with_config(Config::default().debounce(Duration::from_millis(200)).concurrency(4))
         .owns(scoped::<StatefulSet>(&client, within), owned())
+        .owns(scoped::<ConfigMap>(&client, within), owned())
         .owns(scoped::<Service>(&client, within), owned())
         .owns(scoped::<ServiceAccount>(&client, within), owned())
         .owns(scoped::<NetworkPolicy>(&client, within), owned())

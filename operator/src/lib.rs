@@ -5,8 +5,10 @@
 pub mod cluster;
 mod context;
 mod controller;
+mod etcd_member;
 mod leader;
 
 pub use context::Context;
 pub use controller::{Metrics, run};
+pub use etcd_member::{EtcdMember, EtcdMemberError, prepare};
 pub use leader::{Leadership, Timing};

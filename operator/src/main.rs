@@ -1,10 +1,10 @@
 //! The operator's binary: parses its flags and wires the parts.
 
 use anyhow::{Context as _, Result, bail};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use kube::Client;
 use lazarette_operator::cluster::Defaults;
-use lazarette_operator::{Context, Leadership, Metrics, Timing, run};
+use lazarette_operator::{Context, EtcdMember, Leadership, Metrics, Timing, prepare, run};
 use lazarette_telemetry::Registry;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,7 +14,21 @@ use tokio::sync::watch;
 
 /// Keeps etcd, storage nodes and everything around them as StorageClusters ask.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Settles how an etcd member starts, before it does; for the init container of etcd's pods
+    EtcdMember(EtcdMember),
+}
+
+#[derive(Debug, clap::Args)]
 struct Flags {
     /// Image of the storage nodes where a StorageCluster names none.
     #[arg(long, env = "LAZARETTE_IMAGE")]
@@ -46,8 +60,12 @@ struct Flags {
 // Two threads are plenty, and each costs memory.
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
+    let Cli { command, flags } = Cli::parse();
+    if let Some(Command::EtcdMember(member)) = command {
+        lazarette_telemetry::init("etcd-member");
+        return Ok(prepare(&member).await?);
+    }
     lazarette_telemetry::init("operator");
-    let flags = Flags::parse();
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let ready = Arc::new(AtomicBool::new(false));

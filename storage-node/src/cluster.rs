@@ -1,6 +1,9 @@
 //! The Cluster service: volume administration and maps, answered by any storage node from etcd.
 
-use crate::coordinator::{PlacementError, ensure_table, summarize};
+mod nodes;
+mod report;
+
+use crate::coordinator::{PlacementError, ensure_table};
 use crate::membership::ClusterView;
 use futures::stream::BoxStream;
 use lazarette_metastore::{
@@ -10,6 +13,7 @@ use lazarette_metastore::{
 use lazarette_proto::cluster::{self as pb, cluster_server::Cluster};
 use lazarette_proto::status;
 use lazarette_types::{DEFAULT_CHUNK_SIZE, ErrorCode, Layout, NodeId, ReplicaSetId, ReplicationPolicy, VolumeId};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_stream::{StreamExt, wrappers::WatchStream};
@@ -162,42 +166,6 @@ fn replica_set_message(view: &ClusterView, id: ReplicaSetId) -> Option<pb::Repli
             })
             .collect(),
     })
-}
-
-fn status_message(view: &ClusterView, cluster_id: &str) -> pb::ClusterStatus {
-    let nodes = view.nodes.iter().map(|(id, node)| {
-        let live = view.live.get(id);
-        pb::NodeStatus {
-            id: id.0.clone(),
-            address: live.map(|live| live.address.clone()).unwrap_or_default(),
-            failure_domain: node.failure_domain.clone(),
-            live: live.is_some(),
-            capacity_bytes: live.map_or(0, |live| live.capacity_bytes),
-            used_bytes: live.map_or(0, |live| live.used_bytes),
-            owned_volumes: view.owners.values().filter(|owner| owner.node == *id).count() as u32,
-            primary_replica_sets: view
-                .replica_sets
-                .values()
-                .filter(|set| set.record.primary == *id)
-                .count() as u32,
-        }
-    });
-    let sets = summarize(view);
-    let ready: Vec<_> = view
-        .volumes
-        .values()
-        .filter(|v| v.state == VolumeState::Ready)
-        .collect();
-    pb::ClusterStatus {
-        cluster_id: cluster_id.into(),
-        nodes: nodes.collect(),
-        replica_sets: sets.replica_sets,
-        degraded_replica_sets: sets.degraded,
-        unavailable_replica_sets: sets.unavailable,
-        volumes: ready.len() as u32,
-        ownerless_volumes: ready.iter().filter(|v| !view.owners.contains_key(&v.id)).count() as u32,
-        coordinator: view.coordinator.as_ref().map(|node| node.0.clone()).unwrap_or_default(),
-    }
 }
 
 /// A checked CreateVolumeRequest.
@@ -392,7 +360,38 @@ impl Cluster for ClusterService {
 
     async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::ClusterStatus>, Status> {
         let view = self.view.borrow().clone();
-        Ok(Response::new(status_message(&view, &self.cluster_id)))
+        let (found, _) = self.store.range(&self.keys.activities()).await.map_err(unavailable)?;
+        let mut activities = BTreeMap::new();
+        for kv in found {
+            if let Some(node) = Keys::suffix(&kv.key, &self.keys.activities()) {
+                activities.insert(NodeId(node.to_owned()), decode(&kv.value).map_err(damaged)?);
+            }
+        }
+        Ok(Response::new(report::status(&view, &self.cluster_id, &activities)))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<pb::DrainNodeRequest>,
+    ) -> Result<Response<pb::DrainNodeResponse>, Status> {
+        self.set_draining(&NodeId(request.into_inner().node), true).await?;
+        Ok(Response::new(pb::DrainNodeResponse {}))
+    }
+
+    async fn undrain_node(
+        &self,
+        request: Request<pb::UndrainNodeRequest>,
+    ) -> Result<Response<pb::UndrainNodeResponse>, Status> {
+        self.set_draining(&NodeId(request.into_inner().node), false).await?;
+        Ok(Response::new(pb::UndrainNodeResponse {}))
+    }
+
+    async fn forget_node(
+        &self,
+        request: Request<pb::ForgetNodeRequest>,
+    ) -> Result<Response<pb::ForgetNodeResponse>, Status> {
+        self.forget(&NodeId(request.into_inner().node)).await?;
+        Ok(Response::new(pb::ForgetNodeResponse {}))
     }
 
     async fn get_map(&self, request: Request<pb::GetMapRequest>) -> Result<Response<pb::VolumeMap>, Status> {
@@ -437,3 +436,6 @@ impl Cluster for ClusterService {
 fn placement(error: PlacementError) -> Status {
     status(error.code(), error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use std::process::Command as Process;
 #[command(name = "lazarette-node", version, about = "Lazarette's storage node")]
 enum Command {
     /// Serve until stopped
-    Serve(NodeConfig),
+    Serve(Box<NodeConfig>),
     /// Verify every byte of a stopped storage node's disk
     Fsck {
         /// The node's data folder
@@ -22,7 +22,7 @@ enum Command {
 
 fn main() -> Result<()> {
     match Command::parse() {
-        Command::Serve(config) => serve(config),
+        Command::Serve(config) => serve(*config),
         Command::Fsck { data_dir } => fsck(&data_dir),
     }
 }

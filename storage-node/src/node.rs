@@ -1,18 +1,14 @@
 //! A storage node's life: opening the disk, joining the cluster, serving, leaving.
 
+mod joined;
+
+pub use joined::{Joined, Parts, server};
+
 use crate::chunk::{ChunkStore, FileChunkStore, OpenError};
-use crate::cluster::ClusterService;
-use crate::coordinator::Coordinator;
-use crate::membership::{ClusterView, JoinError, Lease, Registration, ensure_cluster};
-use crate::meta::manager::Manager;
-use crate::meta::owner;
-use crate::meta::service::{MetaService, Shards};
+use crate::membership::{JoinError, Lease, Registration, ensure_cluster};
 use crate::metrics::NodeMetrics;
-use crate::removal::ReplicatedChunks;
-use crate::replication::{Replicas, ReplicasParts, ReplicationConfig, dial_plain};
-use lazarette_metastore::{EtcdConfig, EtcdStore, Keys, MetaStore, StoreError};
-use lazarette_proto::cluster::cluster_server::ClusterServer;
-use lazarette_proto::meta::meta_server::MetaServer;
+use crate::replication::{ReplicationConfig, dial_plain};
+use lazarette_metastore::{EtcdConfig, EtcdStore, EtcdTls, Keys, MetaStore, StoreError};
 use lazarette_telemetry::{AdminError, Registry};
 use lazarette_types::{LayoutError, NodeId, ReplicationPolicy};
 use std::net::SocketAddr;
@@ -22,13 +18,8 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-/// How often capacity and use are reported.
-const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// How long leaving may take: what waits for it (a kubelet) kills after 30 s.
 const LEAVE_WITHIN: Duration = Duration::from_secs(20);
 
@@ -41,9 +32,18 @@ pub struct NodeConfig {
     /// Name of this storage node, the same at every start
     #[arg(long, env = "LAZARETTE_NODE")]
     pub node: String,
-    /// http://host:port of etcd's members
+    /// http://host:port of etcd's members, or https://host:port with --etcd-ca
     #[arg(long, env = "LAZARETTE_ETCD", value_delimiter = ',', required = true)]
     pub etcd: Vec<String>,
+    /// PEM file with the authorities that sign the certificates of etcd's members
+    #[arg(long, env = "LAZARETTE_ETCD_CA")]
+    pub etcd_ca: Option<PathBuf>,
+    /// PEM file with this node's own certificate for etcd
+    #[arg(long, env = "LAZARETTE_ETCD_CERT", requires = "etcd_ca", requires = "etcd_key")]
+    pub etcd_cert: Option<PathBuf>,
+    /// PEM file with the private key of that certificate
+    #[arg(long, env = "LAZARETTE_ETCD_KEY", requires = "etcd_cert")]
+    pub etcd_key: Option<PathBuf>,
     /// Folder for the chunks, on a disk of its own
     #[arg(long, env = "LAZARETTE_DATA_DIR")]
     pub data_dir: PathBuf,
@@ -65,6 +65,49 @@ pub struct NodeConfig {
     /// Durable copies before an acknowledgement, of volumes whose creator does not say it
     #[arg(long, env = "LAZARETTE_ACK", default_value_t = 2)]
     pub ack: u32,
+    /// How long a storage node may be away before its copies are made anew on others; such as 10m
+    #[arg(long, env = "LAZARETTE_REPLACE_AFTER", default_value = "10m", value_parser = humantime::parse_duration)]
+    pub replace_after: Duration,
+    /// MiB a second that this node copies at most to restore and move copies
+    #[arg(long, env = "LAZARETTE_REPAIR_RATE", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repair_rate: u32,
+    /// MiB a second that this node reads at most to verify its copies; 0 verifies none
+    #[arg(long, env = "LAZARETTE_SCRUB_RATE", default_value_t = 16)]
+    pub scrub_rate: u32,
+    /// How often all copies are verified at most; such as 7d
+    #[arg(long, env = "LAZARETTE_SCRUB_EVERY", default_value = "7d", value_parser = humantime::parse_duration)]
+    pub scrub_every: Duration,
+}
+
+impl NodeConfig {
+    fn etcd_config(&self) -> Result<EtcdConfig, NodeError> {
+        let scheme = if self.etcd_ca.is_some() { "https://" } else { "http://" };
+        if let Some(other) = self.etcd.iter().find(|endpoint| !endpoint.starts_with(scheme)) {
+            return Err(NodeError::EtcdScheme(other.clone()));
+        }
+        let read = |flag, path: &PathBuf| {
+            std::fs::read(path).map_err(|source| NodeError::EtcdTls {
+                flag,
+                path: path.clone(),
+                source,
+            })
+        };
+        let identity = match (&self.etcd_cert, &self.etcd_key) {
+            (Some(certificate), Some(key)) => Some((read("--etcd-cert", certificate)?, read("--etcd-key", key)?)),
+            _ => None,
+        };
+        let tls = match &self.etcd_ca {
+            Some(ca) => Some(EtcdTls {
+                ca: read("--etcd-ca", ca)?,
+                identity,
+            }),
+            None => None,
+        };
+        Ok(EtcdConfig {
+            tls,
+            ..EtcdConfig::new(self.etcd.clone())
+        })
+    }
 }
 
 /// Why a storage node cannot serve.
@@ -82,6 +125,19 @@ pub enum NodeError {
     /// The admin server.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// Endpoints and certificates do not go together.
+    #[error("--etcd has {0:?}: with --etcd-ca all begin with https://, without with http://")]
+    EtcdScheme(String),
+    /// A certificate or key for etcd.
+    #[error("{flag} {path}: {source}")]
+    EtcdTls {
+        /// The flag that names it.
+        flag: &'static str,
+        /// As configured.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// The replication that volumes get by default.
     #[error("--copies and --ack: {0}")]
     Replication(#[from] LayoutError),
@@ -134,37 +190,38 @@ pub async fn run(config: NodeConfig) -> Result<Ended, NodeError> {
     .await?;
 
     let joining = async {
-        let joined = Joined::join(&config, &metrics).await?;
-        ready.send_replace(Some(joined.lease.clone()));
-        Ok::<_, NodeError>(joined)
+        let (parts, chunks) = open(&config, replication).await?;
+        let joined = Joined::join(parts).await?;
+        metrics.observe(
+            joined.replicas().clone(),
+            Arc::clone(joined.owners()),
+            Arc::clone(&chunks),
+        );
+        ready.send_replace(Some(joined.lease().clone()));
+        Ok::<_, NodeError>((joined, chunks))
     };
-    let joined = tokio::select! {
+    let (joined, chunks) = tokio::select! {
         joined = joining => joined?,
         _ = terminate.recv() => return Ok(Ended::Asked),
     };
-    let lease = joined.lease.clone();
+    // The builder's own setting is for listeners that it makes itself. With Nagle's algorithm
+    // every small answer waits 40 ms for the client's delayed acknowledgement.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let ended = tokio::select! {
-        result = joined.serve(listener, replication) => match result {
-            Err(error) => return Err(error),
+        result = server().add_routes(joined.routes()).serve_with_incoming(incoming) => match result {
+            Err(error) => return Err(NodeError::Runtime(format!("gRPC: {error}"))),
             Ok(()) => return Err(NodeError::Runtime("the gRPC server ended".into())),
         },
         ended = joined.report() => ended,
-        () = lease.ended() => Ended::LeaseLost,
+        () = joined.lease().ended() => Ended::LeaseLost,
         _ = terminate.recv() => Ended::Asked,
     };
     ready.send_replace(None);
     tracing::info!(?ended, "leaving");
     let leaving = async {
-        if ended != Ended::LeaseLost {
-            joined.leave.cancel();
-            let _ = joined.manager.await;
-            if let Err(error) = lease.resign(&*joined.store).await {
-                tracing::warn!(%error, "lease not given back; it runs out by itself");
-            }
-        }
-        joined.replicas.stop();
+        joined.leave(ended).await;
         if ended == Ended::Asked
-            && let Err(error) = joined.chunks.fold().await
+            && let Err(error) = chunks.fold().await
         {
             tracing::warn!(%error, "log not folded; the next start takes longer");
         }
@@ -175,154 +232,41 @@ pub async fn run(config: NodeConfig) -> Result<Ended, NodeError> {
     Ok(ended)
 }
 
-/// A storage node with its place in the cluster.
-struct Joined {
-    keys: Keys,
-    store: Arc<dyn MetaStore>,
-    cluster_id: String,
-    registration: Registration,
-    lease: Lease,
-    view: watch::Receiver<Arc<ClusterView>>,
-    chunks: Arc<FileChunkStore>,
-    replicas: Replicas,
-    shards: Arc<Shards>,
-    /// Cancelled to give all shards up.
-    leave: CancellationToken,
-    manager: JoinHandle<()>,
-}
+/// Opens etcd and the disk.
+async fn open(config: &NodeConfig, replication: ReplicationPolicy) -> Result<(Parts, Arc<FileChunkStore>), NodeError> {
+    let keys = Keys::new(&config.cluster);
+    let node = NodeId(config.node.clone());
+    let store: Arc<dyn MetaStore> = Arc::new(EtcdStore::connect(&config.etcd_config()?).await?);
+    let cluster = until_answered(|| ensure_cluster(&*store, &keys)).await?;
 
-impl Joined {
-    async fn join(config: &NodeConfig, metrics: &NodeMetrics) -> Result<Self, NodeError> {
-        let keys = Keys::new(&config.cluster);
-        let node = NodeId(config.node.clone());
-        let store: Arc<dyn MetaStore> = Arc::new(EtcdStore::connect(&EtcdConfig::new(config.etcd.clone())).await?);
-        let cluster = until_answered(|| ensure_cluster(&*store, &keys)).await?;
+    let (folder, id, name) = (config.data_dir.clone(), cluster.id.clone(), node.clone());
+    let opening = tokio::task::spawn_blocking(move || FileChunkStore::open(&folder, &id, &name));
+    let chunks = opening.await.map_err(|error| NodeError::Runtime(error.to_string()))??;
+    let chunks = Arc::new(chunks);
+    tracing::info!(disk = chunks.identity().disk, "chunk store open");
 
-        let (folder, id, name) = (config.data_dir.clone(), cluster.id.clone(), node.clone());
-        let opening = tokio::task::spawn_blocking(move || FileChunkStore::open(&folder, &id, &name));
-        let chunks = opening.await.map_err(|error| NodeError::Runtime(error.to_string()))??;
-        let chunks = Arc::new(chunks);
-        tracing::info!(disk = chunks.identity().disk, "chunk store open");
-
-        let registration = Registration {
-            node: node.clone(),
+    let parts = Parts {
+        store,
+        keys,
+        cluster_id: cluster.id,
+        registration: Registration {
+            node,
             address: config.advertise.clone(),
             failure_domain: config.failure_domain.clone().unwrap_or_else(|| config.node.clone()),
             disk: chunks.identity().disk.clone(),
-        };
-        let view =
-            until_answered(|| async { Ok(ClusterView::follow(Arc::clone(&store), keys.clone()).await?) }).await?;
-        let lease = until_answered(|| async { Ok(Lease::acquire(Arc::clone(&store)).await?) }).await?;
-        let usage = space(&*chunks).await;
-        until_answered(|| registration.join(&*store, &keys, &lease, usage)).await?;
-        tracing::info!(node = %node, address = registration.address, "joined the cluster");
-
-        let replicas = Replicas::start(ReplicasParts {
-            node: node.clone(),
-            store: Arc::clone(&store),
-            keys: keys.clone(),
-            chunks: Arc::clone(&chunks) as Arc<dyn ChunkStore>,
-            lease: lease.clone(),
-            view: view.clone(),
-            dial: dial_plain(),
-            config: ReplicationConfig::default(),
-        });
-        let coordinator = Coordinator::new(
-            node.clone(),
-            Arc::clone(&store),
-            keys.clone(),
-            lease.clone(),
-            view.clone(),
-        );
-        tokio::spawn(coordinator.run());
-        let owners = Arc::new(owner::Metrics::default());
-        let shards = Arc::new(Shards::default());
-        let context = owner::OwnerContext {
-            store: Arc::clone(&store),
-            keys: keys.clone(),
-            node,
-            address: registration.address.clone(),
-            lease: lease.clone(),
-            chunks: Arc::new(ReplicatedChunks {
-                access: replicas.access(),
-                view: view.clone(),
-            }),
-            metrics: Arc::clone(&owners),
-        };
-        let leave = CancellationToken::new();
-        let manager = Manager::new(context, Arc::clone(&shards), view.clone());
-        let manager = tokio::spawn(manager.run(leave.clone()));
-        metrics.observe(replicas.clone(), owners, Arc::clone(&chunks));
-        Ok(Self {
-            keys,
-            store,
-            cluster_id: cluster.id,
-            registration,
-            lease,
-            view,
-            chunks,
-            replicas,
-            shards,
-            leave,
-            manager,
-        })
-    }
-
-    async fn serve(&self, listener: TcpListener, replication: ReplicationPolicy) -> Result<(), NodeError> {
-        let (chunk, replica) = self.replicas.services();
-        let cluster = ClusterService::new(
-            Arc::clone(&self.store),
-            self.keys.clone(),
-            self.cluster_id.clone(),
-            self.view.clone(),
-            replication,
-        );
-        Server::builder()
-            // A chunk in flight must not stall the connection for the others.
-            .initial_stream_window_size(Some(8 << 20))
-            .initial_connection_window_size(Some(64 << 20))
-            .http2_keepalive_interval(Some(Duration::from_secs(5)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-            .add_service(ClusterServer::new(cluster))
-            .add_service(MetaServer::new(MetaService::new(Arc::clone(&self.shards))))
-            .add_service(chunk)
-            .add_service(replica)
-            // The builder's own setting is for listeners that it makes itself. With Nagle's algorithm
-            // every small answer waits 40 ms for the client's delayed acknowledgement.
-            .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
-            .await
-            .map_err(|error| NodeError::Runtime(format!("gRPC: {error}")))
-    }
-
-    /// Reports space now and then; returns when the disk has failed.
-    async fn report(&self) -> Ended {
-        let mut last = None;
-        loop {
-            tokio::time::sleep(REPORT_EVERY).await;
-            if let Err(error) = self.chunks.health() {
-                tracing::error!(%error, "the disk has failed");
-                return Ended::DiskFailed;
-            }
-            let space = space(&*self.chunks).await;
-            if last == Some(space) {
-                continue;
-            }
-            match self
-                .registration
-                .report(&*self.store, &self.keys, &self.lease, space)
-                .await
-            {
-                Ok(()) => last = Some(space),
-                Err(error) => tracing::warn!(%error, "space not reported"),
-            }
-        }
-    }
-}
-
-/// Capacity and use in bytes; zeros if the disk does not say.
-async fn space(chunks: &dyn ChunkStore) -> (u64, u64) {
-    let usage = chunks.usage().await.unwrap_or_default();
-    (usage.capacity, usage.used)
+        },
+        chunks: Arc::clone(&chunks) as Arc<dyn ChunkStore>,
+        dial: dial_plain(),
+        config: ReplicationConfig {
+            repair_rate: u64::from(config.repair_rate) << 20,
+            scrub_rate: u64::from(config.scrub_rate) << 20,
+            scrub_every: config.scrub_every,
+            ..ReplicationConfig::default()
+        },
+        replication,
+        replace_after: config.replace_after,
+    };
+    Ok((parts, chunks))
 }
 
 /// Tries until etcd answers: at a cold start it comes up together with the storage nodes.

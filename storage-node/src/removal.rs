@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 /// Chunks of one file changed at the same time.
 const CONCURRENCY: usize = 16;
-/// An owner's lease lasts 3 s; see [`ChunkRemover::truncate`].
+/// See [`ChunkRemover::truncate`]; an owner's lease lasts 3 s.
 const TRUNCATE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The metadata owner's way to chunks: through the replica sets of the volume's layout.
@@ -64,10 +64,9 @@ impl ChunkRemover for ReplicatedChunks {
         length: u32,
     ) -> Result<(), ChunkError> {
         let set = self.layout(volume)?.replica_set(seed, index);
-        let truncation = self.access.truncate(set, ChunkId { volume, ino, index }, length);
-        match tokio::time::timeout(TRUNCATE_WITHIN, truncation).await {
-            Ok(result) => result.map_err(|error| ChunkError(error.to_string())),
-            Err(_) => Err(ChunkError(format!("replica set {set} does not answer in time"))),
-        }
+        self.access
+            .truncate(set, ChunkId { volume, ino, index }, length, TRUNCATE_WITHIN)
+            .await
+            .map_err(|error| ChunkError(error.to_string()))
     }
 }

@@ -16,7 +16,7 @@ pub(crate) struct Dir {
 pub(crate) enum Command {
     /// Start what is not running; data that is there stays
     Up {
-        /// Number of storage nodes of a new cluster [default: 3]
+        /// Number of storage nodes: of a new cluster [default: 3], or to be added to until there are so many
         #[arg(long)]
         nodes: Option<usize>,
         #[command(flatten)]
@@ -100,13 +100,25 @@ async fn status(cluster: &LocalCluster) -> Result<()> {
         status.unavailable_replica_sets,
         status.coordinator
     );
+    println!(
+        "copies missing {}, replica sets moving {}, {} MiB still to be copied",
+        status.missing_copies,
+        status.moving_replica_sets,
+        status.repair_bytes >> 20
+    );
     for node in status.nodes {
         println!(
-            "{} {} {}: owner of {} volumes, primary of {} replica sets, {} of {} MiB used",
+            "{} {} {}{}: owner of {} volumes, in {} replica sets, primary of {}, {} of {} MiB used",
             node.id,
             node.address,
             if node.live { "live" } else { "away" },
+            match (node.draining, node.safe_to_remove) {
+                (_, true) => ", drained",
+                (true, false) => ", draining",
+                _ => "",
+            },
             node.owned_volumes,
+            node.replica_sets,
             node.primary_replica_sets,
             node.used_bytes >> 20,
             node.capacity_bytes >> 20

@@ -5,10 +5,12 @@ mod crds;
 mod demo;
 mod lab;
 mod local;
+mod soak;
 mod test;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Lazarette's developer commands")]
@@ -25,6 +27,9 @@ enum Command {
     Test(test::Args),
     /// Measure speed beside the local disk
     Bench(bench::Args),
+    /// Run tests for much longer than at every change
+    #[command(subcommand)]
+    Soak(soak::Soak),
     /// A cluster of plain processes, without Kubernetes
     #[command(subcommand)]
     Local(local::Command),
@@ -38,7 +43,7 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("LAZARETTE_LOG")
@@ -46,10 +51,22 @@ async fn main() -> Result<()> {
         )
         .with_writer(std::io::stderr)
         .init();
-    match Cli::parse().command {
+    match run(Cli::parse().command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Without a backtrace, which would bury it in a log of which only the end is seen.
+            eprintln!("Error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<()> {
+    match command {
         Command::Demo(args) => demo::run(args).await,
         Command::Test(args) => test::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Soak(what) => soak::run(what).await,
         Command::Local(command) => local::run(command).await,
         Command::Lab(command) => lab::run(command).await,
         Command::Crds => crds::write(),

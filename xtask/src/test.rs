@@ -1,16 +1,16 @@
 //! `cargo xtask test`: everything that must pass before a change lands.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lazarette_e2e::lab::{Lab, LabConfig};
 use lazarette_e2e::tools::{self, Tool};
-use lazarette_e2e::{build, cmd, debian};
+use lazarette_e2e::{build, cmd, debian, posix};
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only the part with this name: unit, local, lab or kubernetes
+    /// Only the part with this name: unit, local or kubernetes
     #[arg(long)]
     part: Option<String>,
 }
@@ -18,47 +18,26 @@ pub(crate) struct Args {
 /// A part of the suite: a run of `cargo test`.
 struct Part {
     name: &'static str,
-    args: &'static [&'static str],
+    /// Test programs that make a cluster for each test, so one test at a time; None for all others.
+    clusters: Option<&'static [&'static str]>,
 }
 
-// All parts select the whole workspace, or cargo would compile dependencies anew for each.
-const PARTS: &[Part] = &[
-    Part {
+/// Those of a row run beside each other: tests on whole clusters wait more than they compute.
+const PARTS: &[&[Part]] = &[
+    &[Part {
         name: "unit",
-        args: &["--workspace"],
-    },
-    // One test at a time: they use the whole machine and kill processes.
-    Part {
-        name: "local",
-        args: &[
-            "--workspace",
-            "--features=lazarette-e2e/machine",
-            "--test=local",
-            "--test=csi",
-            "--",
-            "--test-threads=1",
-        ],
-    },
-    Part {
-        name: "lab",
-        args: &[
-            "--workspace",
-            "--features=lazarette-e2e/machine",
-            "--test=lab",
-            "--",
-            "--test-threads=1",
-        ],
-    },
-    Part {
-        name: "kubernetes",
-        args: &[
-            "--workspace",
-            "--features=lazarette-e2e/machine",
-            "--test=kubernetes",
-            "--",
-            "--test-threads=1",
-        ],
-    },
+        clusters: None,
+    }],
+    &[
+        Part {
+            name: "local",
+            clusters: Some(&["local", "faults", "healing", "csi", "posix", "files"]),
+        },
+        Part {
+            name: "kubernetes",
+            clusters: Some(&["lab", "kubernetes"]),
+        },
+    ],
 ];
 
 #[derive(Default)]
@@ -68,39 +47,66 @@ struct Counts {
     ignored: u64,
 }
 
+impl Counts {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+}
+
+/// What runs of `cargo test` said.
+#[derive(Default)]
+struct Report {
+    counts: Counts,
+    /// What each failed test has printed, its name first.
+    failures: Vec<Vec<String>>,
+    /// The next lines are of the last failure.
+    in_failure: bool,
+}
+
 pub(crate) async fn run(args: Args) -> Result<()> {
+    let names: Vec<_> = PARTS.iter().copied().flatten().map(|part| part.name).collect();
     if let Some(wanted) = &args.part
-        && !PARTS.iter().any(|part| part.name == wanted)
+        && !names.contains(&wanted.as_str())
     {
-        let names: Vec<_> = PARTS.iter().map(|part| part.name).collect();
         bail!("no part {wanted}; use one of {}", names.join(", "));
     }
     debian::ensure(&["protobuf-compiler"]).await?;
     debian::ensure(debian::LAB_PACKAGES).await?;
     // Applications that the tests run on a mount.
-    debian::ensure(&["git", "python3"]).await?;
+    debian::ensure(&["git", "python3", "make", "gcc", "postgresql", "e2fsprogs"]).await?;
     // Before the clock of any test runs.
     build_tools().await?;
     build::all().await?;
 
     let lab = LabConfig::default();
     let lab_was_up = Lab::attach(lab.clone()).await.is_ok();
-    let mut total = Counts::default();
+    let mut report = Report::default();
     let mut broken = Vec::new();
-    for part in PARTS {
-        if args.part.as_ref().is_some_and(|wanted| part.name != wanted) {
-            continue;
+    for beside in PARTS {
+        let wanted = beside
+            .iter()
+            .filter(|part| args.part.as_ref().is_none_or(|wanted| part.name == wanted));
+        let runs: Vec<_> = wanted
+            .map(|part| (part.name, std::thread::spawn(|| part.run())))
+            .collect();
+        for (name, run) in runs {
+            let (success, said) = run
+                .join()
+                .map_err(|_| anyhow!("the thread of part {name} panicked"))??;
+            if !success {
+                broken.push(name);
+            }
+            report.add(said);
         }
-        eprintln!("== {}", part.name);
-        let started = Instant::now();
-        if !cargo_test(part.args, &mut total)? {
-            broken.push(part.name);
-        }
-        eprintln!("== {} took {:.0} s", part.name, started.elapsed().as_secs_f32());
     }
-    if !lab_was_up {
-        put_away(&lab, !broken.is_empty()).await?;
+    if !lab_was_up && let Err(error) = put_away(&lab, !broken.is_empty()).await {
+        println!("putting the lab away: {error:#}");
+        broken.push("clean-up");
     }
+    report.print_failures();
+    let total = report.counts;
     println!(
         "{} passed, {} failed, {} skipped",
         total.passed,
@@ -131,31 +137,91 @@ async fn put_away(lab: &LabConfig, failed: bool) -> Result<()> {
 /// Builds the programs that the tests and the lab need.
 pub(crate) async fn build_tools() -> Result<()> {
     let all = [Tool::LAB, Tool::SIDECARS, &[Tool::Etcd, Tool::CsiSanity, Tool::Helm]].concat();
-    tools::ensure(&all).await.map(drop)
+    tools::ensure(&all).await?;
+    posix::ensure().await.map(drop)
 }
 
-/// Runs `cargo test`, passes its output on and adds its counts up; whether all is well.
-fn cargo_test(args: &[&str], total: &mut Counts) -> Result<bool> {
-    // To the end also after a failure: one run shows all of them.
-    let mut child = Command::new("cargo")
-        .args(["test", "--no-fail-fast"])
-        .args(args)
-        .current_dir(build::workspace_root())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("run cargo test")?;
-    let stdout = child.stdout.take().context("no output")?;
-    for line in BufReader::new(stdout).lines() {
-        let line = line?;
-        if let Some(counts) = counts(&line) {
-            total.passed += counts.passed;
-            total.failed += counts.failed;
-            total.ignored += counts.ignored;
+impl Part {
+    /// Runs it and passes its output on; gives whether all is well, and what was said.
+    fn run(&self) -> Result<(bool, Report)> {
+        eprintln!("== {}", self.name);
+        let started = Instant::now();
+        let mut command = build::cargo_command();
+        // To the end also after a failure: one run shows all of them. The whole workspace, or cargo would
+        // compile dependencies anew for each selection.
+        command.args(["test", "--no-fail-fast", "--workspace"]);
+        if let Some(programs) = self.clusters {
+            command.arg("--features=lazarette-e2e/machine");
+            command.args(programs.iter().map(|program| format!("--test={program}")));
+            command.args(["--", "--test-threads=1"]);
         }
-        println!("{line}");
+        let mut child = command
+            // A test's message says what was seen; backtraces of its runtime bury it.
+            .env("RUST_BACKTRACE", "0")
+            .current_dir(build::workspace_root())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("run cargo test")?;
+        let stdout = child.stdout.take().context("no output")?;
+        let mut report = Report::default();
+        let mut slow = Vec::new();
+        let mut last = Instant::now();
+        for line in BufReader::new(stdout).lines() {
+            let line = line?;
+            println!("{line}");
+            if self.clusters.is_some()
+                && let Some((name, _)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+            {
+                slow.push(format!("\n  {:>4} s  {name}", last.elapsed().as_secs()));
+            }
+            last = Instant::now();
+            report.take(line);
+        }
+        let success = child.wait()?.success();
+        eprintln!(
+            "== {} took {} s{}",
+            self.name,
+            started.elapsed().as_secs(),
+            slow.concat()
+        );
+        Ok((success, report))
     }
-    Ok(child.wait()?.success())
+}
+
+impl Report {
+    /// Takes the next line that `cargo test` has printed.
+    fn take(&mut self, line: String) {
+        if let Some(counts) = counts(&line) {
+            self.counts.add(&counts);
+        } else if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+            self.in_failure = true;
+            self.failures.push(vec![line]);
+        } else if line == "failures:" {
+            self.in_failure = false;
+        } else if self.in_failure
+            && let Some(failure) = self.failures.last_mut()
+        {
+            failure.push(line);
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.counts.add(&other.counts);
+        self.failures.extend(other.failures);
+    }
+
+    /// Repeats the failures, for who sees only the end of a long log.
+    fn print_failures(&self) {
+        const LINES: usize = 40;
+        for failure in &self.failures {
+            let cut = failure.len().saturating_sub(LINES).max(1);
+            println!("{}", failure[0]);
+            for line in &failure[cut..] {
+                println!("{line}");
+            }
+        }
+    }
 }
 
 /// The numbers of libtest's closing line.
@@ -182,5 +248,18 @@ mod tests {
         let counts = counts(line).unwrap();
         assert_eq!((counts.passed, counts.failed, counts.ignored), (12, 3, 1));
         assert!(super::counts("running 3 tests").is_none());
+    }
+
+    #[test]
+    fn failures_are_kept() {
+        let output = "test a ... FAILED\n\nfailures:\n\n---- a stdout ----\nleft: 1\nright: 2\n\n\nfailures:\n    a\n\n\
+             test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+        let mut report = Report::default();
+        output.lines().for_each(|line| report.take(line.to_owned()));
+        assert_eq!(report.counts.failed, 1);
+        assert_eq!(
+            report.failures.iter().flatten().map(String::as_str).collect::<Vec<_>>(),
+            ["---- a stdout ----", "left: 1", "right: 2", "", ""]
+        );
     }
 }

@@ -14,8 +14,12 @@ pub mod label {
     pub const NAMESPACE: &str = "lazarette.io/namespace";
 }
 
-/// Annotations on storage clusters.
+/// Annotations.
 pub mod annotation {
+    /// `"true"` on the PersistentVolumeClaims of etcd members once their cluster has run: from then
+    /// on a member with an empty disk has lost it, and must not begin a cluster of its own.
+    pub const ETCD_HAS_RUN: &str = "lazarette.io/etcd-has-run";
+
     /// `"true"` on a storage cluster allows its deletion although volumes exist or the storage
     /// nodes cannot be asked. Data stays on the PersistentVolumeClaims.
     pub const FORCE_DELETE: &str = "lazarette.io/force-delete";

@@ -10,13 +10,13 @@ mod render;
 mod status;
 
 pub use cluster::{
-    ClaimTemplate, ClaimTemplateMetadata, EtcdSpec, HostPathSource, Placement, ReplicationDefaults, StorageCluster,
-    StorageClusterSpec, StorageNodesSpec, StorageSource,
+    ClaimTemplate, ClaimTemplateMetadata, EtcdSpec, EtcdTls, ExternalEtcd, HostPathSource, Placement, RepairSpec,
+    ReplicationDefaults, SecretKey, StorageCluster, StorageClusterSpec, StorageNodesSpec, StorageSource,
 };
 pub use conditions::{ConditionType, Finding, condition, is_true, merge};
 pub use labels::{annotation, cluster_labels, component_labels, label, selector};
 pub use render::{crds, render};
-pub use status::{CountStatus, ReplicaSetsStatus, StorageClusterStatus, human_bytes};
+pub use status::{CountStatus, ReplicaSetsStatus, ScrubStatus, StorageClusterStatus, human_bytes};
 
 /// The API group.
 pub const GROUP: &str = "lazarette.io";

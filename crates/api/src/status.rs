@@ -26,6 +26,12 @@ pub struct StorageClusterStatus {
     /// The replica sets: groups of storage nodes that hold the same data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica_sets: Option<ReplicaSetsStatus>,
+    /// Storage nodes that hand over what they hold before they are removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<String>,
+    /// What verifying the copies has found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubStatus>,
     /// Number of volumes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volumes: Option<i64>,
@@ -74,6 +80,27 @@ pub struct ReplicaSetsStatus {
     pub degraded: i64,
     /// Those that cannot take writes now.
     pub unavailable: i64,
+    /// Copies that are missing, over all replica sets.
+    #[serde(default)]
+    pub copies_missing: i64,
+    /// Those with a copy that is being moved to another storage node.
+    #[serde(default)]
+    pub moving: i64,
+    /// What is still to be copied to restore or move copies, rounded.
+    #[serde(default)]
+    pub to_copy: String,
+}
+
+/// What verifying the copies has found since the storage nodes' processes started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ScrubStatus {
+    /// Copies of chunks found damaged.
+    pub damaged: i64,
+    /// Those of them that were replaced by a good copy.
+    pub repaired: i64,
+    /// Those without a good copy.
+    pub lost: i64,
 }
 
 /// Bytes as a Kubernetes quantity with at most three digits that count: `1.5Gi`, `931Mi`.

@@ -26,52 +26,64 @@ impl File {
             inner.flush_in_turn(&inode).await;
             let ino = inode.ino;
             let mut backoff = Backoff::new();
-            let offset = loop {
-                let begin = AppendBegin { ino, wait_ms: WAIT_MS };
-                match inner.call(Op::AppendBegin(begin)).await {
+            let length = data.len() as u64;
+            loop {
+                let begin = AppendBegin {
+                    ino,
+                    wait_ms: WAIT_MS,
+                    length,
+                };
+                let turn = match inner.call(Op::AppendBegin(begin)).await {
                     Ok(response) => match response.result {
-                        Some(response::Result::AppendOffset(offset)) => break offset,
-                        _ => return Err(Error::malformed("no append offset")),
+                        Some(response::Result::AppendTurn(turn)) => turn,
+                        _ => return Err(Error::malformed("no turn to append")),
                     },
                     Err(error) if error.code() == ErrorCode::WouldBlock => {
                         inner.lease.unless_dead(backoff.wait()).await?;
+                        continue;
                     }
                     Err(error) => return Err(error),
+                };
+                let offset = turn.offset;
+                let written = if offset.saturating_add(length) > FILE_SIZE_MAX {
+                    Err(Error::new(
+                        ErrorCode::FileTooBig,
+                        format!("at most {FILE_SIZE_MAX} bytes"),
+                    ))
+                } else {
+                    let seed = inode.state().attr().seed;
+                    let mut pieces = Vec::new();
+                    for from in (0..length).step_by(PIECE as usize) {
+                        let part = data.slice(from as usize..length.min(from + PIECE) as usize);
+                        pieces.push(inner.write_durably(ino, seed, offset + from, part));
+                    }
+                    let results: Vec<Result<()>> = futures::future::join_all(pieces).await;
+                    results.into_iter().collect::<Result<()>>()
+                };
+                let mtime = wall_clock();
+                let end = AppendEnd {
+                    ino,
+                    offset,
+                    // Nothing of a failed append becomes part of the file.
+                    length: if written.is_ok() { length } else { 0 },
+                    mtime,
+                    since: turn.change,
+                };
+                let response = match inner.call(Op::AppendEnd(end)).await {
+                    Ok(response) => response,
+                    // Truncated meanwhile: the end is elsewhere now.
+                    Err(error) if error.code() == ErrorCode::Overtaken => continue,
+                    Err(error) => return Err(error),
+                };
+                written?;
+                if let Some(response::Result::Attr(_)) = response.result {
+                    volume.entry(response)?;
+                } else {
+                    volume.get_attr(ino).await?;
                 }
-            };
-            let length = data.len() as u64;
-            let written = if offset.saturating_add(length) > FILE_SIZE_MAX {
-                Err(Error::new(
-                    ErrorCode::FileTooBig,
-                    format!("at most {FILE_SIZE_MAX} bytes"),
-                ))
-            } else {
-                let seed = inode.state().attr().seed;
-                let mut pieces = Vec::new();
-                for from in (0..length).step_by(PIECE as usize) {
-                    let part = data.slice(from as usize..length.min(from + PIECE) as usize);
-                    pieces.push(inner.write_durably(ino, seed, offset + from, part));
-                }
-                let results: Vec<Result<()>> = futures::future::join_all(pieces).await;
-                results.into_iter().collect::<Result<()>>()
-            };
-            let mtime = wall_clock();
-            let end = AppendEnd {
-                ino,
-                offset,
-                // Nothing of a failed append becomes part of the file.
-                length: if written.is_ok() { length } else { 0 },
-                mtime,
-            };
-            let response = inner.call(Op::AppendEnd(end)).await?;
-            written?;
-            if let Some(response::Result::Attr(_)) = response.result {
-                volume.entry(response)?;
-            } else {
-                volume.get_attr(ino).await?;
+                inode.state().content += 1;
+                return Ok(offset);
             }
-            inode.state().content += 1;
-            Ok(offset)
         });
         task.await
             .map_err(|_| Error::new(ErrorCode::Internal, "append task failed"))?

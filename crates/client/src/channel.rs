@@ -1,8 +1,8 @@
 use crate::{Error, Result};
-use lazarette_proto::{MAX_MESSAGE_BYTES, chunk, cluster, meta};
+use lazarette_proto::{FRAME_BYTES, MAX_MESSAGE_BYTES, chunk, cluster, meta};
 use lazarette_types::ErrorCode;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
@@ -22,13 +22,21 @@ enum Purpose {
     Data,
 }
 
+/// Makes the connection to an endpoint; it may connect later.
+pub type Dial = Arc<dyn Fn(&Endpoint) -> Channel + Send + Sync>;
+
 /// Connections by address, made when first used and kept; tonic reconnects a broken one.
-#[derive(Default)]
 pub(crate) struct Channels {
+    dial: Dial,
     open: Mutex<HashMap<(Purpose, String), Channel>>,
 }
 
 impl Channels {
+    pub(crate) fn new(dial: Dial) -> Self {
+        let open = Mutex::default();
+        Self { dial, open }
+    }
+
     fn get(&self, purpose: Purpose, address: &str) -> Result<Channel> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = open.get(&(purpose, address.to_string())) {
@@ -39,7 +47,7 @@ impl Channels {
         } else {
             format!("http://{address}")
         };
-        let channel = Endpoint::from_shared(uri)
+        let endpoint = Endpoint::from_shared(uri)
             .map_err(|_| {
                 Error::new(
                     ErrorCode::InvalidArgument,
@@ -51,9 +59,10 @@ impl Channels {
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true)
+            .max_frame_size(FRAME_BYTES)
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .connect_lazy();
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        let channel = (self.dial)(&endpoint);
         open.insert((purpose, address.to_string()), channel.clone());
         Ok(channel)
     }

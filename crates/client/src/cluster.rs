@@ -1,5 +1,5 @@
 use crate::backoff::Backoff;
-use crate::channel::Channels;
+use crate::channel::{Channels, Dial};
 use crate::{Error, Result};
 use lazarette_proto::cluster::cluster_client::ClusterClient;
 use lazarette_proto::cluster::{
@@ -10,8 +10,9 @@ use lazarette_types::{ErrorCode, VolumeId};
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use tonic::transport::Channel;
+use std::time::Duration;
+use tokio::time::Instant;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status, Streaming};
 
 /// One storage node's time to answer before the next one is asked.
@@ -50,6 +51,15 @@ impl Cluster {
         I: IntoIterator,
         I::Item: Into<String>,
     {
+        Self::connect_by(endpoints, Arc::new(Endpoint::connect_lazy))
+    }
+
+    /// The same over connections of another kind, such as a simulated network's.
+    pub fn connect_by<I>(endpoints: I, dial: Dial) -> Result<Self>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
         let given: Vec<String> = endpoints.into_iter().map(Into::into).collect();
         if given.is_empty() {
             return Err(Error::new(
@@ -57,7 +67,7 @@ impl Cluster {
                 "endpoints is empty; name at least one storage node",
             ));
         }
-        let channels = Channels::default();
+        let channels = Channels::new(dial);
         for endpoint in &given {
             channels.cluster(endpoint)?;
         }

@@ -1,9 +1,25 @@
 use bytes::Bytes;
+use lazarette_proto::MAX_WRITE_PARTS;
 use std::collections::BTreeMap;
 
 /// Extents never cross a multiple of this many bytes, so each fits one write request and one
 /// chunk (chunks are multiples of it).
 pub(crate) const PIECE: u64 = 1 << 20;
+
+/// An extent that grows to this length is taken to be written in a stream.
+const STREAM: usize = 64 << 10;
+
+/// Most bytes of one write request, at least a piece.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// What one write request puts into one chunk.
+#[derive(Debug)]
+pub(crate) struct ChunkWrite {
+    /// The chunk's place in the file.
+    pub(crate) index: u32,
+    /// Bytes with their offset in the chunk, in order.
+    pub(crate) parts: Vec<(u32, Bytes)>,
+}
 
 /// Bytes written and not yet flushed, by file offset: no overlaps, neighbours in a piece joined.
 #[derive(Debug, Default)]
@@ -57,6 +73,11 @@ impl Extents {
                 let within = (start - at) as usize;
                 let overlap = extent.len().saturating_sub(within).min(data.len());
                 extent[within..within + overlap].copy_from_slice(&data[..overlap]);
+                let longer = within + data.len();
+                if longer > extent.capacity() && longer >= STREAM {
+                    // It will be a whole piece: once is enough to move it.
+                    extent.reserve_exact((piece + PIECE - at) as usize - extent.len());
+                }
                 extent.extend_from_slice(&data[overlap..]);
                 self.bytes += (data.len() - overlap) as u64;
                 return;
@@ -132,16 +153,44 @@ pub(crate) struct Frozen {
 }
 
 impl Frozen {
-    pub(crate) fn extents(&self) -> &[(u64, Bytes)] {
-        &self.extents
-    }
-
     pub(crate) fn start(&self) -> u64 {
         self.extents.first().map_or(0, |(at, _)| *at)
     }
 
     pub(crate) fn end(&self) -> u64 {
         self.extents.last().map_or(0, |(at, data)| at + data.len() as u64)
+    }
+
+    /// The extents as write requests, as few as may be.
+    pub(crate) fn writes(&self, chunk_size: u32) -> Vec<ChunkWrite> {
+        let mut writes: Vec<ChunkWrite> = Vec::new();
+        let mut bytes = 0;
+        for (at, data) in &self.extents {
+            let index = (at / u64::from(chunk_size)) as u32;
+            let part = ((at % u64::from(chunk_size)) as u32, data.clone());
+            bytes += data.len();
+            match writes.last_mut() {
+                Some(last) if last.index == index && bytes <= WRITE_BYTES && last.parts.len() < MAX_WRITE_PARTS => {
+                    last.parts.push(part);
+                }
+                _ => {
+                    bytes = data.len();
+                    let parts = vec![part];
+                    writes.push(ChunkWrite { index, parts });
+                }
+            }
+        }
+        writes
+    }
+
+    /// Whether a file of this size gets holes by them.
+    pub(crate) fn leave_holes(&self, size: u64) -> bool {
+        let mut end = size;
+        self.extents.iter().any(|(at, data)| {
+            let hole = *at > end;
+            end = end.max(at + data.len() as u64);
+            hole
+        })
     }
 
     /// The parts of extents that lie in `[offset, end)`, each with its file offset.
@@ -240,14 +289,69 @@ mod tests {
     }
 
     #[test]
+    fn holes_are_what_lies_between_the_end_of_the_file_and_bytes_beyond() {
+        let mut extents = Extents::default();
+        extents.insert(10, &[1; 10]);
+        extents.insert(PIECE - 1, &[1; 2]);
+        let frozen = extents.freeze();
+        let holes = |size| frozen.leave_holes(size);
+        assert!(holes(0) && holes(9) && holes(10) && holes(PIECE - 2));
+        assert!(!holes(PIECE - 1) && !holes(PIECE) && !holes(u64::MAX));
+        assert!(!Extents::default().freeze().leave_holes(0));
+    }
+
+    #[test]
     fn a_stream_makes_whole_pieces() {
         let mut extents = Extents::default();
         for i in 0..1024_u64 {
             extents.insert(i * 4096, &[1; 4096]);
         }
         let frozen = extents.freeze();
-        assert_eq!(frozen.extents().len(), 4);
-        assert!(frozen.extents().iter().all(|(_, data)| data.len() as u64 == PIECE));
+        assert_eq!(frozen.extents.len(), 4);
+        assert!(frozen.extents.iter().all(|(_, data)| data.len() as u64 == PIECE));
         assert_eq!((frozen.start(), frozen.end()), (0, 4 << 20));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn writes_are_few_and_bring_everything_to_its_place(
+            // Around the ends of chunks, and anywhere.
+            near in proptest::collection::vec((1..4_u64, -200..200_i64, 1..300_usize), 0..20),
+            anywhere in proptest::collection::vec((0..7 * PIECE, 1..300_000_usize), 0..40),
+            small in 0..1500_u64,
+        ) {
+            let chunk_size = 2 * PIECE as u32;
+            let mut extents = Extents::default();
+            let mut model = vec![0; 10 * PIECE as usize];
+            let near = near.iter().map(|(chunk, off, len)| ((chunk * 2 * PIECE).saturating_add_signed(*off), *len));
+            let small = (0..small).map(|i| (8 * PIECE + i * 20, 1));
+            for (i, (at, len)) in near.chain(anywhere).chain(small).enumerate() {
+                let byte = 1 + (i % 255) as u8;
+                extents.insert(at, &vec![byte; len]);
+                model[at as usize..at as usize + len].fill(byte);
+            }
+            let writes = extents.freeze().writes(chunk_size);
+            let mut got = vec![0; model.len()];
+            for write in &writes {
+                let mut free = 0;
+                for (offset, data) in &write.parts {
+                    prop_assert!(!data.is_empty() && *offset >= free, "in order");
+                    free = offset + data.len() as u32;
+                    let at = write.index as usize * chunk_size as usize + *offset as usize;
+                    got[at..at + data.len()].copy_from_slice(data);
+                }
+                prop_assert!(free <= chunk_size, "within the chunk");
+                let bytes: usize = write.parts.iter().map(|(_, data)| data.len()).sum();
+                prop_assert!(bytes <= WRITE_BYTES && write.parts.len() <= MAX_WRITE_PARTS);
+            }
+            prop_assert!(got == model, "everything is there");
+            for pair in writes.windows(2).filter(|pair| pair[0].index == pair[1].index) {
+                let bytes: usize = pair[0].parts.iter().map(|(_, data)| data.len()).sum();
+                let full = bytes + pair[1].parts[0].1.len() > WRITE_BYTES || pair[0].parts.len() == MAX_WRITE_PARTS;
+                prop_assert!(full, "another part would have fitted");
+            }
+        }
     }
 }

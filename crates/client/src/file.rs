@@ -1,12 +1,15 @@
+use crate::flush::Scope;
 use crate::inode::Inode;
 use crate::metadata::{NewNode, checked_name, create};
 use crate::readahead::ReadAhead;
+use crate::volume::Inner;
 use crate::{Entry, Error, Result, SetAttributes, Volume};
 use bytes::Bytes;
-use lazarette_proto::meta::{Attr, Close, Create, GetAttr, Open, request::Op};
+use lazarette_proto::meta::{Attr, Create, GetAttr, Report, request::Op};
 use lazarette_types::{ErrorCode, FILE_SIZE_MAX};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// How a file is opened.
@@ -28,15 +31,32 @@ pub struct File {
     reported: AtomicU64,
     closed: AtomicBool,
     ahead: ReadAhead,
+    /// Tells the handles of a file apart.
+    pub(crate) id: u64,
 }
 
 impl Volume {
-    /// Opens a file, with attributes fresh from the owner.
+    /// Opens a file, with its present attributes.
     pub async fn open(&self, ino: u64, mode: OpenMode) -> Result<(File, Entry)> {
+        // Noted before anything is asked, so that a request that could take its last name says so.
+        let (inode, open_there) = self.hold(Attr { ino, ..Attr::default() }, false);
+        let known = self.known_to_open(ino, open_there);
+        if let Some(known) = known
+            && !mode.truncate
+        {
+            return self.opened(inode, self.known(known), mode);
+        }
         let volume = self.clone();
         // A task of its own, so that registering is not left half done by a caller that goes away.
         let task = self.inner.work.spawn(async move {
-            let (file, entry) = volume.register(ino, mode).await?;
+            let entry = match known {
+                Some(known) => volume.known(known),
+                None => {
+                    let response = volume.inner.call(Op::GetAttr(GetAttr { ino })).await;
+                    response.and_then(|response| volume.entry(response))
+                }
+            };
+            let (file, entry) = volume.opened(inode, entry, mode)?;
             if !mode.truncate {
                 return Ok((file, entry));
             }
@@ -68,9 +88,8 @@ impl Volume {
                 match volume.inner.call(op).await {
                     Ok(response) => {
                         let entry = volume.entry(response)?;
-                        let inode = volume.table_entry(entry.attr);
-                        let file = volume.file(inode, mode);
-                        return Ok((file, entry));
+                        let (inode, _) = volume.hold(entry.attr, true);
+                        return Ok((volume.file(inode, mode), entry));
                     }
                     Err(error) if error.code() == ErrorCode::Exists && !exclusive => {}
                     Err(error) => return Err(error),
@@ -100,27 +119,63 @@ impl Volume {
                 ..create(parent, Bytes::new(), node, true, true)
             });
             let entry = volume.entry(volume.inner.call(op).await?)?;
-            let inode = volume.table_entry(entry.attr);
+            let (inode, _) = volume.hold(entry.attr, true);
             Ok((volume.file(inode, mode), entry))
         });
         task.await
             .map_err(|_| Error::new(ErrorCode::Internal, "create task failed"))?
     }
 
-    fn table_entry(&self, attr: Attr) -> Arc<Inode> {
+    /// One handle more of an inode. `created`: the owner has it as open already. Gives whether the owner
+    /// surely does.
+    fn hold(&self, attr: Attr, created: bool) -> (Arc<Inode>, bool) {
         let mut inodes = self.inner.inodes();
-        inodes
+        let inode = inodes
             .entry(attr.ino)
-            .or_insert_with(|| Arc::new(Inode::new(attr)))
-            .clone()
+            .or_insert_with(|| Arc::new(Inode::new(attr, self.inner.totals.clone())))
+            .clone();
+        let mut state = inode.state();
+        state.handles += 1;
+        let registry = &self.inner.registry;
+        let known = match (created, state.handles) {
+            (true, _) => {
+                registry.created(attr.ino);
+                true
+            }
+            (false, 1) => registry.opened(attr.ino),
+            (false, _) => registry.is_known(attr.ino),
+        };
+        drop(state);
+        (inode, known)
+    }
+
+    /// One handle less. With the last one the inode is closed, of which the owner hears with the next request.
+    fn release(&self, inode: &Inode) -> bool {
+        let mut inodes = self.inner.inodes();
+        let mut state = inode.state();
+        state.handles = state.handles.saturating_sub(1);
+        let last = state.handles == 0;
+        if last {
+            inodes.remove(&inode.ino);
+            self.inner.registry.closed(inode.ino);
+        }
+        last
+    }
+
+    /// The same. What has no name any more is given up with its last handle, so the owner is told at once.
+    async fn release_and_report(&self, inode: &Inode) {
+        let nameless = inode.state().attr().nlink == 0;
+        if self.release(inode)
+            && nameless
+            && let Err(error) = self.inner.call(Op::Report(Report {})).await
+            && self.inner.lease.check().is_ok()
+        {
+            tracing::warn!(%error, ino = inode.ino, "cannot close an inode at its owner");
+        }
     }
 
     fn file(&self, inode: Arc<Inode>, mode: OpenMode) -> File {
-        let reported = {
-            let mut state = inode.state();
-            state.handles += 1;
-            state.failures
-        };
+        let reported = inode.state().failures;
         File {
             volume: self.clone(),
             inode,
@@ -128,65 +183,28 @@ impl Volume {
             reported: AtomicU64::new(reported),
             closed: AtomicBool::new(false),
             ahead: ReadAhead::default(),
+            id: self.inner.handles.fetch_add(1, Ordering::Relaxed),
         }
     }
 
-    async fn register(&self, ino: u64, mode: OpenMode) -> Result<(File, Entry)> {
-        loop {
-            // In the table before the owner is asked, so that a new owner hears of it.
-            let inode = self.table_entry(Attr { ino, ..Attr::default() });
-            let opening = inode.opening.lock().await;
-            let (gone, first) = {
-                let state = inode.state();
-                (state.gone, state.handles == 0)
-            };
-            if gone {
-                continue;
-            }
-            let op = if first {
-                Op::Open(Open { ino })
-            } else {
-                Op::GetAttr(GetAttr { ino })
-            };
-            match self.inner.call(op).await.and_then(|response| self.entry(response)) {
-                Ok(entry) => {
-                    let file = self.file(inode.clone(), mode);
-                    return Ok((file, entry));
-                }
-                Err(error) => {
-                    if first {
-                        self.forget(&inode);
-                    }
-                    drop(opening);
-                    return Err(error);
-                }
+    /// Attributes with which a file may be opened without asking the owner: if it has the file as open already,
+    /// or waits to hear of it before it gives the file up.
+    fn known_to_open(&self, ino: u64, open_there: bool) -> Option<(Attr, Duration)> {
+        match open_there {
+            true => self.inner.cache.attr(ino),
+            false => self.inner.cache.open(ino),
+        }
+    }
+
+    /// What came of opening an inode that is held.
+    fn opened(&self, inode: Arc<Inode>, entry: Result<Entry>, mode: OpenMode) -> Result<(File, Entry)> {
+        match entry {
+            Ok(entry) => Ok((self.file(inode, mode), entry)),
+            Err(error) => {
+                self.release(&inode);
+                Err(error)
             }
         }
-    }
-
-    fn forget(&self, inode: &Inode) {
-        inode.state().gone = true;
-        self.inner.inodes().remove(&inode.ino);
-    }
-
-    /// One handle less; with the last one the owner is told.
-    async fn release(&self, inode: Arc<Inode>) {
-        let _opening = inode.opening.lock().await;
-        let last = {
-            let mut state = inode.state();
-            state.handles = state.handles.saturating_sub(1);
-            state.handles == 0
-        };
-        if !last {
-            return;
-        }
-        let closed = self.inner.call(Op::Close(Close { ino: inode.ino })).await;
-        if let Err(error) = closed
-            && self.inner.lease.check().is_ok()
-        {
-            tracing::warn!(%error, ino = inode.ino, "cannot close an inode at its owner");
-        }
-        self.forget(&inode);
     }
 }
 
@@ -257,11 +275,57 @@ impl File {
         self.volume.inner.buffer(&self.inode, offset, data).await
     }
 
+    /// Makes the file at least so long; what is new is zeros.
+    pub async fn grow(&self, size: u64) -> Result<()> {
+        if size > FILE_SIZE_MAX {
+            return Err(Error::new(
+                ErrorCode::FileTooBig,
+                format!("at most {FILE_SIZE_MAX} bytes"),
+            ));
+        }
+        self.in_turn(move |inner, inode| async move { inner.grow_in_turn(&inode, size).await })
+            .await
+    }
+
+    /// Zeros a range, as far as the file goes. Whole chunks take no space then.
+    pub async fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        let end = offset.saturating_add(length);
+        self.in_turn(move |inner, inode| async move { inner.zero_in_turn(&inode, offset, end).await })
+            .await
+    }
+
+    /// Runs a change after everything written before, to its end even if the caller goes away.
+    async fn in_turn<F>(&self, change: impl FnOnce(Arc<Inner>, Arc<Inode>) -> F + Send + 'static) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let (inner, inode) = (self.volume.inner.clone(), self.inode.clone());
+        let task = self.volume.inner.work.spawn(async move {
+            let _turn = inode.turn.clone().lock_owned().await;
+            inner.flush_in_turn(&inode).await;
+            change(inner.clone(), inode.clone()).await
+        });
+        task.await
+            .map_err(|_| Error::new(ErrorCode::Internal, "task of a change failed"))?
+    }
+
     /// Returns when everything written to the file by this client is durable and part of the
     /// file, or with the error that a flush met since this handle last reported one.
     pub async fn fsync(&self) -> Result<()> {
-        // Its error is among those that are reported.
-        let _ = self.volume.inner.flush(&self.inode).await;
+        self.sync(Scope::All).await
+    }
+
+    /// The same but for the time of a write that does not make the file longer, which may be durable later: at
+    /// the latest soon, or when [`Self::fsync`] or [`Self::close`] returns.
+    pub async fn sync_data(&self) -> Result<()> {
+        self.sync(Scope::Data).await
+    }
+
+    async fn sync(&self, scope: Scope) -> Result<()> {
+        if !self.inode.state().is_clean() {
+            // Its error is among those that are reported.
+            let _ = self.volume.inner.flush(&self.inode, scope).await;
+        }
         self.report()
     }
 
@@ -275,13 +339,15 @@ impl File {
         self.volume.check()
     }
 
-    /// Flushes and closes. The handle is closed whatever the result.
+    /// Flushes, releases the locks that were taken through this handle last, and closes. The handle is
+    /// closed whatever the result.
     pub async fn close(&self) -> Result<()> {
         if self.closed.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
         let result = self.fsync().await;
-        self.volume.release(self.inode.clone()).await;
+        self.unlock_own().await;
+        self.volume.release_and_report(&self.inode).await;
         result
     }
 }
@@ -299,8 +365,8 @@ impl Drop for File {
         let tracker = volume.inner.work.clone();
         tracker.spawn_on(
             async move {
-                let _ = volume.inner.flush(&inode).await;
-                volume.release(inode).await;
+                let _ = volume.inner.flush(&inode, Scope::All).await;
+                volume.release_and_report(&inode).await;
             },
             &runtime,
         );

@@ -2,6 +2,7 @@ use crate::Error;
 use crate::extents::{Extents, Frozen};
 use crate::lock::Held;
 use lazarette_proto::meta::Attr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -20,8 +21,6 @@ pub(crate) struct Inode {
     state: Mutex<State>,
     /// Held by whoever moves this file's data or size: one flush, truncation or append at a time.
     pub(crate) turn: Arc<tokio::sync::Mutex<()>>,
-    /// Held while the owner is told of the first open or the last close.
-    pub(crate) opening: tokio::sync::Mutex<()>,
     pub(crate) room: Semaphore,
 }
 
@@ -39,19 +38,68 @@ pub(crate) struct State {
     pub(crate) charged: usize,
     /// Time of the last local write, nanoseconds since the epoch.
     pub(crate) mtime: i64,
+    /// The owner has yet to be told that time, of a write that is durable.
+    pub(crate) time_owed: bool,
     /// Counts failed flushes; each handle reports each of them once.
     pub(crate) failures: u64,
     pub(crate) failure: Option<Error>,
     pub(crate) handles: usize,
-    /// No longer in the volume's table: look it up again.
-    pub(crate) gone: bool,
     pub(crate) held: Held,
     /// Raised by whatever makes bytes read ahead stale.
     pub(crate) content: u64,
+    /// The owner has reserved chunks up to here.
+    pub(crate) reserved: u64,
+    /// Bytes by which the file is longer here than the owner knows.
+    grown: u64,
+    shared: Arc<Totals>,
+}
+
+/// What a volume's inodes add up to.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    /// Bytes by which files are longer here than the owner knows.
+    pub(crate) growth: AtomicU64,
+    /// Bytes by which writes that were let in will make files longer and have not yet.
+    admitted: AtomicU64,
+    /// Raised whenever something becomes known of an inode that older attributes do not say.
+    pub(crate) news: AtomicU64,
+}
+
+impl Totals {
+    pub(crate) fn note_news(&self) {
+        self.news.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Lets a write in that makes a file so much longer, if it fits into `free` together with all that is
+    /// buffered and all others that were let in.
+    pub(crate) fn admit(&self, bytes: u64, free: u64) -> Option<Admission<'_>> {
+        let before = self.admitted.fetch_add(bytes, Ordering::Relaxed);
+        let admission = Admission { totals: self, bytes };
+        let taken = self.growth.load(Ordering::Relaxed).saturating_add(before);
+        (taken.saturating_add(bytes) <= free).then_some(admission)
+    }
+}
+
+/// A write that was let in.
+pub(crate) struct Admission<'a> {
+    totals: &'a Totals,
+    bytes: u64,
+}
+
+impl Drop for Admission<'_> {
+    fn drop(&mut self) {
+        self.totals.admitted.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.shared.growth.fetch_sub(self.grown, Ordering::Relaxed);
+    }
 }
 
 impl Inode {
-    pub(crate) fn new(attr: Attr) -> Self {
+    pub(crate) fn new(attr: Attr, shared: Arc<Totals>) -> Self {
         Self {
             ino: attr.ino,
             state: Mutex::new(State {
@@ -62,15 +110,17 @@ impl Inode {
                 flushing: None,
                 charged: 0,
                 mtime: 0,
+                time_owed: false,
                 failures: 0,
                 failure: None,
                 handles: 0,
-                gone: false,
                 held: Held::default(),
                 content: 0,
+                reserved: 0,
+                grown: 0,
+                shared,
             }),
             turn: Arc::default(),
-            opening: tokio::sync::Mutex::default(),
             room: Semaphore::new(DIRTY_PER_INODE),
         }
     }
@@ -92,11 +142,29 @@ impl State {
         if attr.change >= self.attr.change {
             if attr.change != self.attr.change {
                 self.content += 1;
+                self.shared.note_news();
             }
             self.attr = attr;
+            self.recount();
             self.fresh_until = Instant::now() + ttl.max(SIZE_FRESH);
         }
         self.view()
+    }
+
+    /// To be called after the buffer or the owner's size has changed.
+    pub(crate) fn recount(&mut self) {
+        let grown = self.view().size - self.attr.size;
+        if grown > self.grown {
+            self.shared.growth.fetch_add(grown - self.grown, Ordering::Relaxed);
+        } else {
+            self.shared.growth.fetch_sub(self.grown - grown, Ordering::Relaxed);
+        }
+        self.grown = grown;
+    }
+
+    /// Nothing is buffered or being flushed, and the owner knows of everything.
+    pub(crate) fn is_clean(&self) -> bool {
+        !self.is_dirty() && self.charged == 0 && !self.time_owed
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -106,12 +174,30 @@ impl State {
     /// The attributes as applications on this client see them: with what they wrote.
     pub(crate) fn view(&self) -> Attr {
         let mut attr = self.attr;
-        if self.is_dirty() {
+        if self.is_dirty() || self.time_owed {
             let flushing = self.flushing.as_ref().map_or(0, Frozen::end);
             attr.size = attr.size.max(flushing).max(self.dirty.end());
             attr.mtime = self.mtime;
             attr.ctime = attr.ctime.max(self.mtime);
         }
         attr
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_at_the_same_time_are_not_let_in_together_into_what_is_left() {
+        let totals = Totals::default();
+        let one = totals.admit(60, 100);
+        assert!(one.is_some());
+        assert!(totals.admit(60, 100).is_none());
+        assert!(totals.admit(40, 100).is_some());
+        drop(one);
+        totals.growth.store(60, Ordering::Relaxed);
+        assert!(totals.admit(60, 100).is_none());
+        assert!(totals.admit(40, 100).is_some());
     }
 }

@@ -26,17 +26,19 @@ mod ops;
 mod primary;
 mod read;
 mod readahead;
+mod registry;
 mod session;
 mod volume;
 
 #[cfg(feature = "testing")]
 pub mod testing;
 
+pub use channel::Dial;
 pub use cluster::{Cluster, ClusterOptions};
 pub use error::{Error, Result};
 pub use file::{File, OpenMode};
 pub use lock::LockOwner;
-pub use metadata::{Entry, NewNode, SetAttributes, XattrMode};
+pub use metadata::{Entry, Found, NewNode, SetAttributes, XattrMode};
 pub use volume::{Volume, VolumeOptions};
 
 pub use lazarette_proto::cluster::{ClusterStatus, CreateVolumeRequest, Volume as VolumeRecord};

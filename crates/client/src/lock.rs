@@ -1,5 +1,6 @@
 //! Advisory locks, granted by the owner, held by the session.
 
+use crate::flush::Scope;
 use crate::inode::Inode;
 use crate::volume::Inner;
 use crate::{Entry, Error, File, Result};
@@ -24,9 +25,18 @@ const EVERYTHING: u64 = i64::MAX as u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LockOwner(pub u64);
 
-/// The locks that this client holds on an inode, by kind and owner: sorted, no overlaps.
+/// The locks that this client holds on an inode, by kind and owner.
 #[derive(Debug, Default)]
-pub(crate) struct Held(HashMap<(i32, u64), Vec<Piece>>);
+pub(crate) struct Held(HashMap<(i32, u64), Owned>);
+
+/// What one owner holds.
+#[derive(Debug, Default)]
+struct Owned {
+    /// The handle through which the last lock was taken. With it the locks go whose owner is an open file.
+    handle: u64,
+    /// Sorted, no overlaps.
+    pieces: Vec<Piece>,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
@@ -40,10 +50,20 @@ impl Held {
         self.0.contains_key(&(kind.into(), owner.0))
     }
 
-    /// Notes a granted change and returns what was held in its range before.
-    fn set(&mut self, range: &LockRange) -> Vec<Piece> {
+    /// Owners whose last lock was taken through a handle.
+    fn through(&self, handle: u64) -> Vec<(i32, u64)> {
+        let owned = self.0.iter().filter(|(_, owned)| owned.handle == handle);
+        owned.map(|(key, _)| *key).collect()
+    }
+
+    /// Notes a change that was granted through a handle and returns what was held in its range before.
+    fn set(&mut self, range: &LockRange, handle: u64) -> Vec<Piece> {
         let key = (range.kind, range.owner);
-        let pieces = self.0.entry(key).or_default();
+        let owned = self.0.entry(key).or_default();
+        if range.mode() != LockMode::Unlock {
+            owned.handle = handle;
+        }
+        let pieces = &mut owned.pieces;
         let mut before = Vec::new();
         let mut after = Vec::new();
         for piece in pieces.drain(..) {
@@ -90,6 +110,7 @@ struct Grant {
     inner: Arc<Inner>,
     inode: Arc<Inode>,
     range: LockRange,
+    handle: u64,
     before: Vec<Piece>,
     kept: bool,
 }
@@ -104,12 +125,12 @@ impl Drop for Grant {
         };
         let inner = self.inner.clone();
         let inode = self.inode.clone();
-        let steps = undo(&self.range, &self.before);
+        let (steps, handle) = (undo(&self.range, &self.before), self.handle);
         let tracker = inner.work.clone();
         tracker.spawn_on(
             async move {
                 for range in steps {
-                    if let Err(error) = ask(&inner, &inode, range).await {
+                    if let Err(error) = ask(&inner, &inode, range, handle).await {
                         tracing::warn!(%error, ino = inode.ino, "cannot undo a lock whose waiter has gone");
                     }
                 }
@@ -161,9 +182,9 @@ fn request(inode: &Inode, range: LockRange, wait_ms: u32) -> Op {
 }
 
 /// Takes or releases without waiting; gives what was held in the range before.
-async fn ask(inner: &Inner, inode: &Inode, range: LockRange) -> Result<Vec<Piece>> {
+async fn ask(inner: &Inner, inode: &Inode, range: LockRange, handle: u64) -> Result<Vec<Piece>> {
     inner.call(request(inode, range, 0)).await?;
-    Ok(inode.state().held.set(&range))
+    Ok(inode.state().held.set(&range, handle))
 }
 
 /// Waits for a lock until the owner's time for it is over, or the waiter is gone.
@@ -171,6 +192,7 @@ async fn ask_and_wait<T>(
     inner: &Inner,
     inode: &Inode,
     range: LockRange,
+    handle: u64,
     waiter: &mut oneshot::Sender<T>,
 ) -> Result<Vec<Piece>> {
     let id = inner.lease.unless_dead(inner.ops.begin()).await?;
@@ -181,7 +203,7 @@ async fn ask_and_wait<T>(
         () = waiter.closed() => inner.call_as(id.get(), request(inode, range, 0)).await,
     };
     answer?;
-    Ok(inode.state().held.set(&range))
+    Ok(inode.state().held.set(&range, handle))
 }
 
 impl File {
@@ -196,8 +218,8 @@ impl File {
         }
         if range.mode() == LockMode::Unlock {
             // A failed flush is reported by fsync and close; the lock is released all the same.
-            let _ = self.volume.inner.flush(&self.inode).await;
-            ask(&self.volume.inner, &self.inode, range).await?;
+            let _ = self.volume.inner.flush(&self.inode, Scope::All).await;
+            ask(&self.volume.inner, &self.inode, range, self.id).await?;
             return Ok(Entry {
                 attr: self.attr(),
                 ttl: Duration::ZERO,
@@ -207,18 +229,20 @@ impl File {
             let (mut sender, receiver) = oneshot::channel();
             let inner = self.volume.inner.clone();
             let inode = self.inode.clone();
+            let handle = self.id;
             // A task of its own: what was asked for is known to be held or not in the end.
             self.volume.inner.work.spawn(async move {
                 let before = if wait {
-                    ask_and_wait(&inner, &inode, range, &mut sender).await
+                    ask_and_wait(&inner, &inode, range, handle, &mut sender).await
                 } else {
-                    ask(&inner, &inode, range).await
+                    ask(&inner, &inode, range, handle).await
                 };
                 // If nobody receives it, the grant is dropped and thereby undone.
                 let _ = sender.send(before.map(|before| Grant {
                     inner,
                     inode,
                     range,
+                    handle,
                     before,
                     kept: false,
                 }));
@@ -249,6 +273,19 @@ impl File {
             Some(response::Result::Conflict(conflict)) => Ok(Some(conflict)),
             Some(response::Result::Done(_)) => Ok(None),
             _ => Err(Error::malformed("no lock")),
+        }
+    }
+
+    /// Releases what is left of locks that were taken through this handle: those of the open file itself.
+    /// A process's locks were released when it closed its descriptor; if it has taken another one since,
+    /// through another handle, that one stays.
+    pub(crate) async fn unlock_own(&self) {
+        let owners = self.inode.state().held.through(self.id);
+        for (kind, owner) in owners {
+            let kind = LockKind::try_from(kind).unwrap_or_default();
+            if let Err(error) = self.unlock_all(kind, LockOwner(owner)).await {
+                tracing::warn!(%error, ino = self.ino(), "cannot release a lock at close");
+            }
         }
     }
 
@@ -286,7 +323,7 @@ mod tests {
     }
 
     fn modes(held: &Held, bytes: u64) -> Vec<i32> {
-        let pieces = held.0.values().next().cloned().unwrap_or_default();
+        let pieces: Vec<Piece> = held.0.values().flat_map(|owned| owned.pieces.clone()).collect();
         (0..bytes)
             .map(|at| {
                 pieces
@@ -300,20 +337,24 @@ mod tests {
     #[test]
     fn undo_restores_what_was_held() {
         let mut held = Held::default();
-        held.set(&range(2, 4, LockMode::Shared));
-        held.set(&range(6, 7, LockMode::Exclusive));
-        held.set(&range(9, 20, LockMode::Shared));
+        held.set(&range(2, 4, LockMode::Shared), 1);
+        held.set(&range(6, 7, LockMode::Exclusive), 1);
+        held.set(&range(9, 20, LockMode::Shared), 1);
         let was = modes(&held, 24);
         for (start, end) in [(0, 10), (3, 3), (5, 5), (4, 6), (0, 23), (21, 22)] {
             let taken = range(start, end, LockMode::Exclusive);
-            let before = held.set(&taken);
+            let before = held.set(&taken, 1);
             assert_eq!(modes(&held, 24)[start as usize], i32::from(LockMode::Exclusive));
             for step in undo(&taken, &before) {
-                held.set(&step);
+                held.set(&step, 1);
             }
             assert_eq!(modes(&held, 24), was, "after [{start}, {end}]");
         }
-        held.set(&range(0, EVERYTHING, LockMode::Unlock));
+        assert_eq!((held.through(1).len(), held.through(2).len()), (1, 0));
+        held.set(&range(1, 1, LockMode::Shared), 2);
+        held.set(&range(1, 1, LockMode::Unlock), 1);
+        assert_eq!((held.through(1).len(), held.through(2).len()), (0, 1));
+        held.set(&range(0, EVERYTHING, LockMode::Unlock), 1);
         assert!(!held.any(LockKind::Posix, LockOwner(1)));
     }
 }

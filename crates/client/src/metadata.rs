@@ -1,5 +1,6 @@
 //! Operations on names and attributes.
 
+use crate::cache::Named;
 use crate::{Error, Result, Volume};
 use bytes::Bytes;
 use lazarette_proto::meta::{
@@ -17,6 +18,15 @@ pub struct Entry {
     pub attr: Attr,
     /// Until when caches may use them.
     pub ttl: Duration,
+}
+
+/// What a name leads to.
+#[derive(Clone, Copy, Debug)]
+pub enum Found {
+    /// An inode.
+    Entry(Entry),
+    /// Nothing, which caches may remember for so long.
+    Missing(Duration),
 }
 
 /// What [`Volume::make`] creates.
@@ -53,6 +63,8 @@ pub struct SetAttributes {
     pub mtime: Option<i64>,
     /// Nanoseconds since the Unix epoch.
     pub ctime: Option<i64>,
+    /// Drop the set-id bits of a file, as a change by another than root does.
+    pub drop_privileges: bool,
 }
 
 /// Whether an extended attribute may, must or must not exist.
@@ -66,13 +78,18 @@ pub enum XattrMode {
     Replace,
 }
 
-pub(crate) fn checked_name(name: &[u8]) -> Result<Bytes> {
+fn check_length(name: &[u8]) -> Result<()> {
     if name.len() > NAME_MAX {
         return Err(Error::new(
             ErrorCode::NameTooLong,
             format!("name of {} bytes; at most {NAME_MAX}", name.len()),
         ));
     }
+    Ok(())
+}
+
+pub(crate) fn checked_name(name: &[u8]) -> Result<Bytes> {
+    check_length(name)?;
     Ok(Bytes::copy_from_slice(name))
 }
 
@@ -83,7 +100,7 @@ pub(crate) fn ttl(response: &Response) -> Duration {
 impl Volume {
     /// The entry of a reply that carries attributes, in the local view.
     pub(crate) fn entry(&self, response: Response) -> Result<Entry> {
-        let ttl = ttl(&response);
+        let ttl = self.kernel_ttl(&response);
         let Some(response::Result::Attr(attr)) = response.result else {
             return Err(Error::malformed("no attributes"));
         };
@@ -94,11 +111,18 @@ impl Volume {
         Ok(Entry { attr, ttl })
     }
 
-    /// What a lease tells, in the local view. The kernel must ask each time: only this client hears of
-    /// recalls.
-    fn leased(&self, attr: Attr) -> Result<Entry> {
+    /// For how long the kernel may use what a reply says: no longer than this client is surely alone.
+    fn kernel_ttl(&self, response: &Response) -> Duration {
+        match ttl(response) {
+            Duration::ZERO => Duration::ZERO,
+            ttl => ttl.min(self.inner.cache.sole()),
+        }
+    }
+
+    /// What the cache tells, in the local view. The kernel must ask each time for what is leased: only this
+    /// client hears of recalls.
+    pub(crate) fn known(&self, (attr, ttl): (Attr, Duration)) -> Result<Entry> {
         self.check()?;
-        let ttl = Duration::ZERO;
         let attr = match self.inner.inode(attr.ino) {
             Some(inode) => inode.state().learn(attr, ttl),
             None => attr,
@@ -106,19 +130,37 @@ impl Volume {
         Ok(Entry { attr, ttl })
     }
 
-    /// Finds a name.
+    /// Finds a name. One that is not there is an error.
     pub async fn lookup(&self, parent: u64, name: &[u8]) -> Result<Entry> {
-        if let Some(attr) = self.inner.cache.lookup(parent, name) {
-            return self.leased(attr);
+        match self.find(parent, name).await? {
+            Found::Entry(entry) => Ok(entry),
+            Found::Missing(_) => Err(Error::new(ErrorCode::NotFound, "no such entry")),
         }
-        let name = checked_name(name)?;
-        self.entry(self.inner.call(Op::Lookup(Lookup { parent, name })).await?)
     }
 
-    /// An inode's attributes, asked from the owner unless a lease says that they are known.
+    /// Looks whether a name is there.
+    pub async fn find(&self, parent: u64, name: &[u8]) -> Result<Found> {
+        check_length(name)?;
+        match self.inner.cache.lookup(parent, name) {
+            Some(Named::Attr(attr, ttl)) => return Ok(Found::Entry(self.known((attr, ttl))?)),
+            Some(Named::Missing(ttl)) => {
+                self.check()?;
+                return Ok(Found::Missing(ttl));
+            }
+            None => {}
+        }
+        let name = checked_name(name)?;
+        let response = self.inner.call(Op::Lookup(Lookup { parent, name })).await?;
+        match response.result {
+            Some(response::Result::Missing(_)) => Ok(Found::Missing(self.kernel_ttl(&response))),
+            _ => Ok(Found::Entry(self.entry(response)?)),
+        }
+    }
+
+    /// An inode's attributes, asked from the owner unless they are known.
     pub async fn get_attr(&self, ino: u64) -> Result<Entry> {
-        if let Some(attr) = self.inner.cache.attr(ino) {
-            return self.leased(attr);
+        if let Some(found) = self.inner.cache.attr(ino) {
+            return self.known(found);
         }
         self.entry(self.inner.call(Op::GetAttr(GetAttr { ino })).await?)
     }
@@ -132,7 +174,7 @@ impl Volume {
                 format!("at most {FILE_SIZE_MAX} bytes"),
             ));
         }
-        let op = Op::SetAttr(SetAttr {
+        let op = SetAttr {
             ino,
             mode: set.mode,
             uid: set.uid,
@@ -141,10 +183,12 @@ impl Volume {
             atime: set.atime,
             mtime: set.mtime,
             ctime: set.ctime,
-        });
+            drop_privileges: set.drop_privileges,
+            extend: None,
+        };
         let inode = match self.inner.inode(ino) {
             Some(inode) if set.size.is_some() || set.mtime.is_some() => inode,
-            _ => return self.entry(self.inner.call(op).await?),
+            _ => return self.entry(self.change(Op::SetAttr(op)).await?),
         };
         // On a task of its own: cancelled half-way, a truncation must not let a flush through that
         // would bring the bytes back.
@@ -154,10 +198,24 @@ impl Volume {
             if let Some(size) = set.size {
                 volume.inner.discard_from(&inode, size);
             }
-            volume.inner.flush_in_turn(&inode).await;
-            let response = volume.inner.call(op).await?;
-            inode.state().content += 1;
-            volume.entry(response)
+            let mut op = Some(op);
+            if set.size.is_some() {
+                volume.inner.flush_in_turn(&inode).await;
+            } else {
+                volume.inner.flush_and_set(&inode, &mut op).await;
+            }
+            let response = match op {
+                Some(op) => Some(volume.inner.call(Op::SetAttr(op)).await?),
+                None => None,
+            };
+            let attr = {
+                let mut state = inode.state();
+                state.content += 1;
+                state.reserved = 0;
+                state.view()
+            };
+            let ttl = volume.inner.cache.sole();
+            response.map_or(Ok(Entry { attr, ttl }), |response| volume.entry(response))
         });
         task.await
             .map_err(|_| Error::new(ErrorCode::Internal, "set-attributes task failed"))?
@@ -175,7 +233,7 @@ impl Volume {
     /// and whether they are the last. Their attributes hold for the duration.
     pub async fn read_dir(&self, ino: u64, after: u64, limit: u32) -> Result<(Vec<DirEntry>, bool, Duration)> {
         let response = self.inner.call(Op::ReadDir(ReadDir { ino, after, limit })).await?;
-        let ttl = ttl(&response);
+        let ttl = self.kernel_ttl(&response);
         let Some(response::Result::ReadDir(mut listing)) = response.result else {
             return Err(Error::malformed("no directory listing"));
         };
@@ -192,21 +250,41 @@ impl Volume {
     /// Creates something that is not opened. An existing name is an error.
     pub async fn make(&self, parent: u64, name: &[u8], node: NewNode) -> Result<Entry> {
         let op = Op::Create(create(parent, checked_name(name)?, node, true, false));
-        self.entry(self.inner.call(op).await?)
+        self.entry(self.change(op).await?)
     }
 
     /// Removes a name of anything but a directory.
     pub async fn unlink(&self, parent: u64, name: &[u8]) -> Result<()> {
         let name = checked_name(name)?;
-        self.inner.call(Op::Unlink(Unlink { parent, name })).await?;
-        Ok(())
+        self.remove(Op::Unlink(Unlink { parent, name })).await
     }
 
-    /// Removes an empty directory.
-    pub async fn rmdir(&self, parent: u64, name: &[u8]) -> Result<()> {
+    /// A change, on a task of its own: what is known here of the volume is updated by its answer, also if the
+    /// caller goes away.
+    async fn change(&self, op: Op) -> Result<Response> {
+        let volume = self.clone();
+        let task = self.inner.work.spawn(async move { volume.inner.call(op).await });
+        task.await
+            .map_err(|_| Error::new(ErrorCode::Internal, "task of a change failed"))?
+    }
+
+    /// The same of an operation that may take an inode's last name. While the owner may execute it nothing is
+    /// opened without asking.
+    async fn remove(&self, op: Op) -> Result<()> {
+        let volume = self.clone();
+        let task = self.inner.work.spawn(async move {
+            let _removal = volume.inner.cache.removal();
+            volume.inner.call(op).await.map(|_| ())
+        });
+        task.await
+            .map_err(|_| Error::new(ErrorCode::Internal, "task of a removal failed"))?
+    }
+
+    /// Removes an empty directory. Gives its last attributes, for those who have it open.
+    pub async fn rmdir(&self, parent: u64, name: &[u8]) -> Result<Attr> {
         let name = checked_name(name)?;
-        self.inner.call(Op::RmDir(RmDir { parent, name })).await?;
-        Ok(())
+        let entry = self.entry(self.change(Op::RmDir(RmDir { parent, name })).await?)?;
+        Ok(entry.attr)
     }
 
     /// Renames, replacing what is there unless `no_replace`; `exchange` swaps the two.
@@ -219,8 +297,7 @@ impl Volume {
             no_replace,
             exchange,
         });
-        self.inner.call(op).await?;
-        Ok(())
+        self.remove(op).await
     }
 
     /// Adds a name to an inode.
@@ -230,7 +307,7 @@ impl Volume {
             new_parent,
             new_name: checked_name(new_name)?,
         });
-        self.entry(self.inner.call(op).await?)
+        self.entry(self.change(op).await?)
     }
 
     /// The volume's size and use.
@@ -267,14 +344,14 @@ impl Volume {
             create_only: mode == XattrMode::Create,
             replace_only: mode == XattrMode::Replace,
         });
-        self.inner.call(op).await?;
+        self.change(op).await?;
         Ok(())
     }
 
     /// Removes an extended attribute.
     pub async fn remove_xattr(&self, ino: u64, name: &[u8]) -> Result<()> {
         let name = checked_name(name)?;
-        self.inner.call(Op::RemoveXattr(RemoveXattr { ino, name })).await?;
+        self.change(Op::RemoveXattr(RemoveXattr { ino, name })).await?;
         Ok(())
     }
 }

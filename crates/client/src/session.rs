@@ -1,11 +1,13 @@
 //! The session's upkeep: its lease, the map, and what happens when it ends.
 
 use crate::backoff::Backoff;
+use crate::cache::Terms;
 use crate::map::Map;
 use crate::volume::Inner;
 use crate::{Error, Result};
+use lazarette_proto::clock::boot_ms;
 use lazarette_proto::meta::meta_client::MetaClient;
-use lazarette_proto::meta::{CloseSessionRequest, Confirm, KeepAliveRequest, OpenSessionRequest};
+use lazarette_proto::meta::{CloseSessionRequest, Confirm, KeepAliveRequest, OpenSessionRequest, Report, request::Op};
 use lazarette_types::ErrorCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -19,22 +21,18 @@ const ATTEMPT: Duration = Duration::from_secs(2);
 /// The owner makes a second session wait until what it granted to a sole one has run out.
 const OPEN_ATTEMPT: Duration = Duration::from_secs(10);
 const CLOSE: Duration = Duration::from_secs(5);
+/// Opens and closes that no other request has told the owner of are reported after so long.
+const REPORT_AFTER: Duration = Duration::from_millis(500);
 
 /// Until when the owner surely has not ended this session. Counts time in suspend.
 #[derive(Debug, Default)]
 pub(crate) struct Lease {
-    /// CLOCK_BOOTTIME in milliseconds.
+    /// In milliseconds of [`boot_ms`].
     until: AtomicU64,
     ttl_ms: AtomicU64,
     renewed: Notify,
     dead: CancellationToken,
     reason: OnceLock<Error>,
-}
-
-/// Milliseconds of CLOCK_BOOTTIME.
-fn now_ms() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
 }
 
 impl Lease {
@@ -76,16 +74,18 @@ impl Lease {
         }
     }
 
-    /// Waits until the session surely exists. Data is only sent then: once the owner has ended a
-    /// session its locks pass to others, and late writes would overwrite theirs.
-    pub(crate) async fn held(&self) -> Result<()> {
+    /// Waits until the session surely exists, and gives until when it does, in milliseconds of
+    /// [`boot_ms`]. Data is only changed within: once the owner has ended a session its locks pass to
+    /// others, and late writes would overwrite theirs.
+    pub(crate) async fn held(&self) -> Result<u64> {
         loop {
             let renewed = self.renewed.notified();
             tokio::pin!(renewed);
             renewed.as_mut().enable();
             self.check()?;
-            if now_ms() < self.until.load(Ordering::Relaxed) {
-                return Ok(());
+            let until = self.until.load(Ordering::Relaxed);
+            if boot_ms() < until {
+                return Ok(until);
             }
             self.unless_dead(renewed).await?;
         }
@@ -93,12 +93,12 @@ impl Lease {
 }
 
 /// Opens the session at the owner, waiting for one as long as it takes.
-pub(crate) async fn open(inner: &Arc<Inner>) -> Result<u64> {
+pub(crate) async fn open(inner: &Arc<Inner>) -> Result<()> {
     let mut backoff = Backoff::new();
     loop {
         let map = inner.map();
         if let Some(owner) = &map.owner {
-            let sent = now_ms();
+            let sent = boot_ms();
             let mut client = inner.cluster.channels().meta(owner)?;
             let request = OpenSessionRequest {
                 volume: inner.id.0,
@@ -110,7 +110,11 @@ pub(crate) async fn open(inner: &Arc<Inner>) -> Result<u64> {
                     let reply = reply.into_inner();
                     inner.lease.ttl_ms.store(u64::from(reply.ttl_ms), Ordering::Relaxed);
                     inner.lease.renew(sent);
-                    return Ok(reply.owner_epoch);
+                    inner.cache.meet(Terms {
+                        epoch: reply.owner_epoch,
+                        company: reply.company,
+                    });
+                    return Ok(());
                 }
                 Ok(Err(status)) => Error::from(status),
                 Err(_) => Error::new(ErrorCode::Unavailable, "no answer in time"),
@@ -124,40 +128,46 @@ pub(crate) async fn open(inner: &Arc<Inner>) -> Result<u64> {
     }
 }
 
-/// Renews the session until cancelled, and registers open inodes with each new owner.
-pub(crate) async fn keep_alive(inner: Arc<Inner>, mut registered: u64) {
+/// Renews the session until cancelled, and registers open inodes under each new terms: with a new owner,
+/// and when a sole client, which may open files without a word, has got company.
+pub(crate) async fn keep_alive(inner: Arc<Inner>) {
     let mut backoff = Backoff::new();
     let mut maps = inner.maps.subscribe();
-    let mut due = tokio::time::Instant::now() + inner.lease.ttl() / 3;
+    let mut registered = Terms::default();
+    let mut due = tokio::time::Instant::now();
     loop {
         let map = maps.borrow_and_update().clone();
-        let moved = map.owner_epoch != registered && map.owner.is_some();
-        if !moved && tokio::time::Instant::now() < due {
+        if map.owner.is_some() && map.owner_epoch > inner.cache.terms().epoch {
+            // Owners count company from 1 on.
+            let (epoch, company) = (map.owner_epoch, 1);
+            inner.cache.meet(Terms { epoch, company });
+        }
+        let complete = inner.cache.terms() != registered;
+        if !complete && tokio::time::Instant::now() < due {
             tokio::select! {
                 () = tokio::time::sleep_until(due) => {}
+                () = inner.new_terms.notified() => {}
                 changed = maps.changed() => if changed.is_err() { return },
             }
             continue;
         }
         let error = match &map.owner {
             None => Error::new(ErrorCode::Unavailable, "the volume has no owner"),
-            Some(owner) => match renew(&inner, owner, map.owner_epoch != registered).await {
-                Ok((epoch, complete)) => {
-                    backoff = Backoff::new();
-                    if epoch == registered || complete {
-                        registered = epoch;
-                        due = tokio::time::Instant::now() + inner.lease.ttl() / 3;
-                    } else {
-                        // A new owner that the map does not show yet: tell it what is open.
-                        match renew(&inner, owner, true).await {
-                            Ok((epoch, _)) => registered = epoch,
-                            Err(error) => tracing::debug!(%error, "cannot register open files yet"),
-                        }
+            Some(owner) => match renew(&inner, owner, complete).await {
+                Ok(accepted) => {
+                    due = tokio::time::Instant::now() + inner.lease.ttl() / 3;
+                    let known = accepted.is_some();
+                    if let Some(terms) = accepted {
+                        registered = terms;
+                        backoff = Backoff::new();
                     }
-                    if map.owner_epoch < registered {
+                    if map.owner_epoch < inner.cache.terms().epoch {
                         inner.refresh.notify_one();
-                        // The map is behind, not the registration: wait for it.
+                        // The map is behind: wait for it.
                         let _ = tokio::time::timeout(backoff.delay(), maps.changed()).await;
+                    } else if !known {
+                        // Under terms that were not known yet: tell it again what is open.
+                        backoff.wait().await;
                     }
                     continue;
                 }
@@ -178,6 +188,22 @@ pub(crate) async fn keep_alive(inner: Arc<Inner>, mut registered: u64) {
     }
 }
 
+/// Reports opens and closes that nothing else has told the owner of for a while, until cancelled.
+pub(crate) async fn keep_reporting(inner: Arc<Inner>) {
+    loop {
+        inner.registry.news().await;
+        tokio::time::sleep(REPORT_AFTER).await;
+        if inner.registry.has_news()
+            && let Err(error) = inner.call(Op::Report(Report {})).await
+        {
+            tracing::debug!(%error, "cannot report open files");
+            if inner.lease.check().is_err() {
+                return;
+            }
+        }
+    }
+}
+
 /// Keeps the stream of recalls open, without which the owner gives no leases.
 pub(crate) async fn keep_recalls(inner: Arc<Inner>) {
     let mut backoff = Backoff::new();
@@ -190,13 +216,12 @@ pub(crate) async fn keep_recalls(inner: Arc<Inner>) {
             if map.owner_epoch != epoch {
                 epoch = map.owner_epoch;
                 backoff = Backoff::new();
-                inner.cache.start_over();
             }
             if let Err(error) = recalls(&inner, &mut client).await {
                 tracing::debug!(%error, "no stream of recalls");
             }
             // Some may have been missed.
-            inner.cache.clear();
+            inner.cache.end_leases();
         }
         inner.pause(&map, &mut backoff).await;
     }
@@ -218,27 +243,46 @@ async fn recalls(inner: &Inner, client: &mut MetaClient<Channel>) -> Result<()> 
         .await?
         .into_inner();
     while let Some(recall) = stream.message().await? {
+        let before = inner.cache.terms();
         inner.cache.recall(&recall);
+        if inner.cache.terms() != before {
+            inner.new_terms.notify_one();
+        }
         confirm(recall.number);
     }
     Ok(())
 }
 
-/// One KeepAlive; gives the owner's epoch and whether the open inodes were sent.
-async fn renew(inner: &Inner, owner: &str, complete: bool) -> Result<(u64, bool)> {
-    let sent = now_ms();
-    let open_inodes = if complete { inner.open_inodes() } else { Vec::new() };
+/// One KeepAlive. With `complete` it says everything that is open; gives the terms under which that was
+/// accepted, which without `complete` are the present ones.
+async fn renew(inner: &Inner, owner: &str, complete: bool) -> Result<Option<Terms>> {
+    let sent = boot_ms();
+    // In this order: what is opened after these terms have ended was not opened by them.
+    let terms = inner.cache.terms();
+    let handles = complete.then(|| inner.registry.everything());
+    let number = handles.as_ref().map(|handles| handles.number);
     let mut client = inner.cluster.channels().meta(owner)?;
     let request = KeepAliveRequest {
         volume: inner.id.0,
         session: inner.session.0,
-        open_inodes,
         complete,
+        handles,
+        owner_epoch: terms.epoch,
+        company: terms.company,
     };
     match tokio::time::timeout(ATTEMPT, client.keep_alive(request)).await {
         Ok(Ok(reply)) => {
             inner.lease.renew(sent);
-            Ok((reply.into_inner().owner_epoch, complete))
+            let reply = reply.into_inner();
+            let present = Terms {
+                epoch: reply.owner_epoch,
+                company: reply.company,
+            };
+            inner.cache.meet(present);
+            if let Some(number) = number.filter(|_| present == terms) {
+                inner.registry.acknowledge(number);
+            }
+            Ok((present == terms).then_some(terms))
         }
         Ok(Err(status)) => Err(status.into()),
         Err(_) => Err(Error::new(ErrorCode::Unavailable, "no answer in time")),

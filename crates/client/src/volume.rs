@@ -1,16 +1,20 @@
 use crate::backoff::Backoff;
 use crate::cache::Cache;
 use crate::cluster::Cluster;
-use crate::inode::Inode;
+use crate::flush::Scope;
+use crate::inode::{Inode, Totals};
 use crate::map::Map;
 use crate::ops::Ops;
 use crate::readahead::BLOCKS_PER_VOLUME;
+use crate::registry::Registry;
 use crate::session::{self, Lease};
 use crate::{Error, Result, flush};
+use lazarette_proto::clock::Clocks;
 use lazarette_proto::cluster::VolumeMap;
 use lazarette_proto::meta::{self, Request, Response, request::Op};
 use lazarette_types::{ErrorCode, SessionId, VolumeId};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -72,8 +76,19 @@ pub(crate) struct Inner {
     /// Asks for a look-up of the map.
     pub(crate) refresh: Notify,
     pub(crate) lease: Lease,
+    /// Of the primaries, by their addresses.
+    pub(crate) clocks: Clocks,
     pub(crate) ops: Ops,
     pub(crate) cache: Cache,
+    /// The terms of what is in the cache have changed.
+    pub(crate) new_terms: Notify,
+    pub(crate) registry: Registry,
+    pub(crate) totals: Arc<Totals>,
+    pub(crate) free: flush::Free,
+    /// Numbers for handles.
+    pub(crate) handles: AtomicU64,
+    /// Held by a writer while the volume is nearly full.
+    pub(crate) last_bytes: tokio::sync::Mutex<()>,
     inodes: Mutex<HashMap<u64, Arc<Inode>>>,
     /// Room for unflushed bytes.
     pub(crate) room: Semaphore,
@@ -102,8 +117,15 @@ impl Volume {
             maps: watch::Sender::new(Arc::new(map)),
             refresh: Notify::new(),
             lease: Lease::default(),
+            clocks: Clocks::default(),
             ops: Ops::new(),
             cache: Cache::default(),
+            new_terms: Notify::new(),
+            registry: Registry::default(),
+            totals: Arc::default(),
+            free: flush::Free::default(),
+            handles: AtomicU64::default(),
+            last_bytes: tokio::sync::Mutex::default(),
             inodes: Mutex::default(),
             room: Semaphore::new(options.dirty_bytes),
             in_flight: Semaphore::new(options.in_flight),
@@ -115,8 +137,9 @@ impl Volume {
         });
         let guard = Arc::new(StopOnDrop(stop));
         inner.spawn_until_stopped(session::keep_map(inner.clone()));
-        let epoch = session::open(&inner).await?;
-        inner.spawn_until_stopped(session::keep_alive(inner.clone(), epoch));
+        session::open(&inner).await?;
+        inner.spawn_until_stopped(session::keep_alive(inner.clone()));
+        inner.spawn_until_stopped(session::keep_reporting(inner.clone()));
         inner.spawn_until_stopped(session::keep_recalls(inner.clone()));
         inner.spawn_until_stopped(flush::in_background(inner.clone()));
         Ok(Self { inner, _guard: guard })
@@ -138,6 +161,11 @@ impl Volume {
         self.inner.options.dirty_bytes.saturating_sub(room) as u64
     }
 
+    /// Changes whenever attributes read before may be out of date, by what this client did or learnt.
+    pub fn news(&self) -> u64 {
+        self.inner.totals.news.load(Ordering::Relaxed)
+    }
+
     /// An error if the session has ended: nothing will work any more.
     pub fn check(&self) -> Result<()> {
         self.inner.lease.check()
@@ -148,7 +176,7 @@ impl Volume {
         let inodes: Vec<_> = self.inner.inodes().values().cloned().collect();
         let mut result = Ok(());
         for inode in inodes {
-            let flushed = self.inner.flush(&inode).await;
+            let flushed = self.inner.flush(&inode, Scope::All).await;
             if result.is_ok() {
                 result = flushed;
             }
@@ -239,8 +267,17 @@ impl Inner {
         self.inodes().get(&ino).cloned()
     }
 
-    pub(crate) fn open_inodes(&self) -> Vec<u64> {
-        self.inodes().keys().copied().collect()
+    fn learn(&self, op: &Op, reply: &Response, sent: Instant, repeated: bool) {
+        let before = self.cache.terms();
+        self.cache.learn(op, reply, sent, repeated);
+        if self.cache.terms() != before {
+            self.new_terms.notify_one();
+        }
+        for attr in &reply.also {
+            if let Some(inode) = self.inode(attr.ino) {
+                inode.state().learn(*attr, self.cache.sole());
+            }
+        }
     }
 
     /// One operation at the owner, repeated until it has an answer that is not retryable.
@@ -260,7 +297,7 @@ impl Inner {
             Op::Lock(meta::Lock { wait_ms, .. }) | Op::AppendBegin(meta::AppendBegin { wait_ms, .. }) => {
                 ATTEMPT + Duration::from_millis(u64::from(*wait_ms))
             }
-            Op::SetAttr(meta::SetAttr { size: Some(_), .. }) => SLOW_ATTEMPT,
+            Op::SetAttr(meta::SetAttr { size: Some(_), .. }) | Op::Reserve(_) => SLOW_ATTEMPT,
             _ => ATTEMPT,
         };
         let mut backoff = Backoff::new();
@@ -273,11 +310,14 @@ impl Inner {
                 None => Error::new(ErrorCode::Unavailable, "the volume has no owner"),
                 Some(owner) => {
                     let mut client = self.cluster.channels().meta(owner)?;
+                    let handles = self.registry.report();
+                    let reported = handles.as_ref().map(|handles| handles.number);
                     let request = Request {
                         volume: self.id.0,
                         session: self.session.0,
                         op_id,
                         ack_below: self.ops.ack_below(),
+                        handles,
                         op: Some(op.clone()),
                     };
                     let sent = Instant::now();
@@ -291,11 +331,15 @@ impl Inner {
                     match self.lease.unless_dead(attempt).await? {
                         Ok(reply) => {
                             let reply = reply.into_inner();
-                            if !first && op_id > 0 {
-                                // An earlier attempt may have changed things and its answer been lost.
-                                self.cache.forget_before(reply.as_of);
+                            if let Some(number) = reported {
+                                self.registry.acknowledge(number);
                             }
-                            self.cache.learn(&op, &reply, sent);
+                            // An earlier attempt may have changed things and its answer been lost.
+                            self.learn(&op, &reply, sent, !first && op_id > 0);
+                            self.free.learn(reply.free_bytes, sent);
+                            if op_id > 0 {
+                                self.totals.note_news();
+                            }
                             return Ok(reply);
                         }
                         Err(error) => error,
@@ -311,6 +355,7 @@ impl Inner {
                 self.lease.kill(error.clone());
             }
             if !error.retryable() {
+                self.cache.failed(&op);
                 return Err(error);
             }
             tracing::debug!(%error, "metadata operation is tried again");
@@ -320,8 +365,7 @@ impl Inner {
     }
 }
 
-/// Whether an operation needs an id: because it changes something, or (Open and Close) so that
-/// the owner knows which of two was sent first.
+/// Whether an operation changes something, and needs an id so that it happens once.
 fn needs_id(op: &Op) -> bool {
     match op {
         Op::Lookup(_)
@@ -331,15 +375,15 @@ fn needs_id(op: &Op) -> bool {
         | Op::StatFs(_)
         | Op::GetXattr(_)
         | Op::ListXattr(_)
-        | Op::TestLock(_) => false,
-        Op::Open(_)
-        | Op::Close(_)
-        | Op::Create(_)
+        | Op::TestLock(_)
+        | Op::Report(_) => false,
+        Op::Create(_)
         | Op::Unlink(_)
         | Op::RmDir(_)
         | Op::Rename(_)
         | Op::Link(_)
         | Op::SetAttr(_)
+        | Op::Reserve(_)
         | Op::Extend(_)
         | Op::SetXattr(_)
         | Op::RemoveXattr(_)

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use bytes::Bytes;
-use lazarette_client::testing::{At, CHUNK_SIZE, Fault, TestCluster, VOLUME};
+use lazarette_client::testing::{At, CHUNK_SIZE, Fault, TestCluster, VOLUME, eventually, mount};
 use lazarette_client::{
     Cluster, File, Kind, LockKind, LockMode, LockRange, NewNode, OpenMode, SetAttributes, Volume, VolumeOptions,
 };
@@ -20,15 +20,6 @@ fn node(kind: Kind) -> NewNode {
         rdev: 0,
         target: Bytes::new(),
     }
-}
-
-/// A volume that flushes only when asked or full.
-async fn mount(cluster: &TestCluster) -> Volume {
-    let options = VolumeOptions {
-        flush_after: Duration::from_secs(3600),
-        ..VolumeOptions::default()
-    };
-    mount_with(cluster, options).await
 }
 
 async fn mount_with(cluster: &TestCluster, options: VolumeOptions) -> Volume {
@@ -51,17 +42,6 @@ async fn open(volume: &Volume, name: &str, mode: OpenMode) -> File {
 
 fn pattern(length: usize, seed: u8) -> Vec<u8> {
     (0..length).map(|i| (i % 251) as u8 ^ seed).collect()
-}
-
-/// Waits for a state; fails after a generous time.
-async fn eventually(what: &str, mut state: impl FnMut() -> bool) {
-    for _ in 0..3000 {
-        if state() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("never happened: {what}");
 }
 
 #[tokio::test]
@@ -149,6 +129,26 @@ async fn retryable_faults_never_reach_the_caller() {
 }
 
 #[tokio::test]
+async fn a_write_that_comes_late_undoes_nothing() {
+    // Before and after it may no longer be begun.
+    for (delay, made) in [(1, true), (5, false)] {
+        let cluster = TestCluster::start(1).await;
+        let volume = mount(&cluster).await;
+        let file = create(&volume, "f").await;
+        cluster.inject(At::Write, Fault::ComeLate(Duration::from_secs(delay)));
+        file.write(0, b"first").await.unwrap();
+        file.fsync().await.unwrap();
+        file.write(0, b"newer").await.unwrap();
+        file.fsync().await.unwrap();
+        eventually("the late one has come", || !cluster.came_late().is_empty()).await;
+        assert_eq!(cluster.came_late(), [made]);
+        let other = mount(&cluster).await;
+        let seen = open(&other, "f", OpenMode::default()).await;
+        assert_eq!(seen.read(0, 5).await.unwrap(), "newer");
+    }
+}
+
+#[tokio::test]
 async fn a_lost_reply_does_not_repeat_the_operation() {
     let cluster = TestCluster::start(1).await;
     let volume = mount(&cluster).await;
@@ -231,10 +231,11 @@ async fn a_hanging_primary_is_left_when_the_map_changes() {
 async fn flush_errors_reach_each_handle_once() {
     let cluster = TestCluster::start(1).await;
     let volume = mount(&cluster).await;
-    cluster.set_quota(1000);
     let file = create(&volume, "f").await;
     let other = volume.open(file.ino(), OpenMode::default()).await.unwrap().0;
     file.write(0, &[7; 5000]).await.unwrap();
+    // Others have filled the volume meanwhile.
+    cluster.set_quota(1000);
     assert_eq!(file.fsync().await.unwrap_err().code(), ErrorCode::NoSpace);
     file.fsync().await.unwrap();
     assert_eq!(other.close().await.unwrap_err().code(), ErrorCode::NoSpace);
@@ -282,6 +283,70 @@ async fn background_flush_when_old_and_when_a_chunk_is_full() {
     eventually("old bytes are flushed", || cluster.stored_size(file.ino()) == Some(5)).await;
     file.write(5, b" more").await.unwrap();
     eventually("again", || cluster.stored_size(file.ino()) == Some(10)).await;
+}
+
+#[tokio::test]
+async fn scattered_writes_of_a_chunk_are_one_request() {
+    let cluster = TestCluster::start(3).await;
+    let volume = mount(&cluster).await;
+    let file = create(&volume, "f").await;
+    let size = 2 * CHUNK_SIZE as usize;
+    let mut want = pattern(size, 0);
+    file.write(0, &want).await.unwrap();
+    file.fsync().await.unwrap();
+    // What it meets is repeated as a whole: refused, its acknowledgement lost, or the primary silent.
+    for round in 0..4_u8 {
+        let mut scattered = 0;
+        for at in (usize::from(round)..size).step_by(9973) {
+            want[at] ^= round + 1;
+            file.write(at as u64, &want[at..=at]).await.unwrap();
+            scattered += 1;
+        }
+        assert!(scattered > 200);
+        let expected = match round {
+            0 => 2..=2,
+            1 => {
+                cluster.inject(At::Write, Fault::Refuse(ErrorCode::WrongEpoch));
+                3..=3
+            }
+            2 => {
+                cluster.inject(At::Write, Fault::LoseReply);
+                3..=3
+            }
+            _ => {
+                cluster.inject(At::Write, Fault::Hang);
+                // The other one may not have been answered yet when the primaries move.
+                3..=4
+            }
+        };
+        let before = cluster.count(At::Write);
+        let sync = file.fsync();
+        if round == 3 {
+            let leave = async {
+                eventually("both requests are sent", || cluster.count(At::Write) == before + 2).await;
+                cluster.move_primaries(1, true);
+            };
+            let (synced, ()) = tokio::join!(sync, leave);
+            synced.unwrap();
+        } else {
+            sync.await.unwrap();
+        }
+        assert_eq!(cluster.pending_faults(), 0);
+        let requests = cluster.count(At::Write) - before;
+        assert!(expected.contains(&requests), "round {round}: {requests}");
+        assert!(file.read(0, size as u32).await.unwrap() == want, "round {round}");
+    }
+    // More parts than one request may have.
+    for i in 0..600_u64 {
+        want[i as usize * 1000] ^= 7;
+        let byte = &want[i as usize * 1000..][..1];
+        file.write(i * 1000, byte).await.unwrap();
+    }
+    let before = cluster.count(At::Write);
+    file.fsync().await.unwrap();
+    assert_eq!(cluster.count(At::Write) - before, 2);
+    assert!(file.read(0, size as u32).await.unwrap() == want);
+    file.close().await.unwrap();
 }
 
 #[tokio::test]

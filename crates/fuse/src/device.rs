@@ -32,6 +32,43 @@ pub(crate) fn clone(of: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(fresh)
 }
 
+/// `struct fuse_backing_map`
+#[repr(C)]
+struct Backing {
+    file: i32,
+    flags: u32,
+    padding: u64,
+}
+
+/// `FUSE_DEV_IOC_BACKING_OPEN`
+const BACK: ioctl::Opcode = opcode::write::<Backing>(229, 1);
+/// `FUSE_DEV_IOC_BACKING_CLOSE`
+const UNBACK: ioctl::Opcode = opcode::write::<u32>(229, 2);
+
+/// Makes a file known to the kernel for open files to stand in for; returns its number.
+#[allow(unsafe_code)]
+pub(crate) fn back(connection: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<i32> {
+    use std::os::fd::AsRawFd;
+    let backing = Backing {
+        file: file.as_raw_fd(),
+        flags: 0,
+        padding: 0,
+    };
+    // SAFETY: the command reads the structure whose address it is given, and writes nothing.
+    match unsafe { libc::ioctl(connection.as_raw_fd(), BACK as _, &raw const backing) } {
+        number if number < 0 => Err(io::Error::last_os_error()),
+        number => Ok(number),
+    }
+}
+
+/// The opposite of [`back`]. Files that are open stay as they are.
+#[allow(unsafe_code)]
+pub(crate) fn unback(connection: BorrowedFd<'_>, number: i32) -> io::Result<()> {
+    // SAFETY: the command reads one u32 from the address it is given, and writes nothing.
+    unsafe { ioctl::ioctl(connection, Setter::<UNBACK, u32>::new(number as u32)) }?;
+    Ok(())
+}
+
 /// One descriptor of a connection.
 #[derive(Debug)]
 pub(crate) struct Channel {

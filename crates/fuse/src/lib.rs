@@ -21,7 +21,7 @@ pub mod statistics;
 mod wake;
 pub mod wire;
 
-pub use attributes::{Attr, Attributes, Entry, Kind, Opened, Statfs, Timestamp};
+pub use attributes::{Attr, Attributes, Entry, Kind, Opened, Statfs, Statx, Timestamp};
 pub use buffer::ReplyBuffer;
 pub use directory::{Listed, Listing};
 pub use errno::{Errno, Result};

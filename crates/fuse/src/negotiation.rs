@@ -31,13 +31,14 @@ pub struct Terms {
 }
 
 impl Default for Terms {
-    /// What a network file system wants; no write-back cache, no time-out.
+    /// What a network file system wants; no write-back cache, no time-out. Not `ATOMIC_O_TRUNC`: with it the
+    /// kernel has a program truncated that is being executed, when somebody opens it with O_RDONLY | O_TRUNC,
+    /// before it answers ETXTBSY.
     fn default() -> Self {
         Self {
             wanted: Capabilities::ASYNC_READ
                 | Capabilities::POSIX_LOCKS
                 | Capabilities::FLOCK_LOCKS
-                | Capabilities::ATOMIC_O_TRUNC
                 | Capabilities::BIG_WRITES
                 | Capabilities::AUTO_INVAL_DATA
                 | Capabilities::READDIRPLUS

@@ -2,12 +2,14 @@
 
 use crate::abi::{Opcode, UNIQUE_INTERRUPT};
 use crate::buffer::{ReplyBuffer, lock};
+use crate::device;
 use crate::errno::{Errno, Result};
 use crate::header::Header;
 use crate::session::Shared;
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
@@ -392,6 +394,21 @@ impl Request {
     /// With `CREATE_SUPP_GROUP`: the caller's supplementary group that is the directory's, if any.
     pub fn groups(&self) -> &[u32] {
         &self.active.groups
+    }
+
+    /// Lets the kernel read and write a file of this machine itself: an open with
+    /// `OpenReplyFlags::PASSTHROUGH` names the number in `Opened::backing`. Needs root, and `PASSTHROUGH`
+    /// with a `max_stack_depth` agreed. All that have a node open at a time have to have the same number,
+    /// or none of them one.
+    ///
+    /// The number belongs to the connection, not to this process: it is the next server's to give back.
+    pub fn back(&self, file: impl AsFd) -> Result<i32> {
+        Ok(device::back(self.shared.connection(), file.as_fd())?)
+    }
+
+    /// Gives a number of [`Request::back`] back.
+    pub fn unback(&self, number: i32) -> Result<()> {
+        Ok(device::unback(self.shared.connection(), number)?)
     }
 
     /// Page-aligned room for data of a reply, from the session's pool.

@@ -3,9 +3,11 @@ use crate::store::{
 };
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, EventType, GetOptions, PutOptions, TxnOp,
-    WatchOptions,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, EventType, GetOptions, Identity,
+    PutOptions, TlsOptions, TxnOp, WatchOptions,
 };
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Bytes of one answer to a range: the largest page is far below, and gRPC's limit above.
@@ -16,18 +18,37 @@ const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// How to reach etcd.
 #[derive(Clone, Debug)]
 pub struct EtcdConfig {
-    /// `http://host:port` of the members.
+    /// `http://host:port` of the members, or `https://host:port` with `tls`.
     pub endpoints: Vec<String>,
+    /// Certificates for members that speak TLS.
+    pub tls: Option<EtcdTls>,
     /// How long one request may take. Shorter than the node's lease, so that a member that hangs
     /// is left for another one in time.
     pub request_timeout: Duration,
 }
 
+/// Certificates, as PEM.
+#[derive(Clone)]
+pub struct EtcdTls {
+    /// Of the authorities that sign the members' certificates.
+    pub ca: Vec<u8>,
+    /// The client's own certificate and its private key, where etcd asks for them.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for EtcdTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Never the key.
+        f.debug_struct("EtcdTls").finish_non_exhaustive()
+    }
+}
+
 impl EtcdConfig {
-    /// With the default time-out.
+    /// Without TLS, with the default time-out.
     pub fn new(endpoints: Vec<String>) -> Self {
         Self {
             endpoints,
+            tls: None,
             request_timeout: Duration::from_secs(2),
         }
     }
@@ -36,8 +57,45 @@ impl EtcdConfig {
 /// The store in etcd.
 #[derive(Clone)]
 pub struct EtcdStore {
-    client: Client,
+    members: Arc<Members>,
     request_timeout: Duration,
+}
+
+/// All requests go to one member until it leaves one unanswered. Spread over the members, every third
+/// request would wait for one that hangs: its machine still accepts connections for it.
+struct Members {
+    clients: Vec<Client>,
+    current: AtomicUsize,
+}
+
+/// A request to a member. Dropped before the member has answered, it makes the next one current.
+struct Turn {
+    members: Arc<Members>,
+    number: usize,
+    answered: bool,
+}
+
+impl Turn {
+    fn client(&self) -> &Client {
+        &self.members.clients[self.number]
+    }
+
+    /// Judges the answer: a member that cannot serve is left, too.
+    fn end<T>(mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        self.answered = !matches!(result, Err(StoreError::Unavailable(_) | StoreError::Ambiguous(_)));
+        result
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !self.answered {
+            let next = (self.number + 1) % self.members.clients.len();
+            let current = &self.members.current;
+            // Unless another request has found it out already.
+            let _ = current.compare_exchange(self.number, next, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
 }
 
 impl std::fmt::Debug for EtcdStore {
@@ -49,33 +107,61 @@ impl std::fmt::Debug for EtcdStore {
 impl EtcdStore {
     /// Connects lazily: an unreachable etcd shows at the first call.
     pub async fn connect(config: &EtcdConfig) -> Result<Self, StoreError> {
-        let options = ConnectOptions::new()
+        let mut options = ConnectOptions::new()
             .with_connect_timeout(Duration::from_secs(1))
+            // A member that falls silent is left soon. etcd hangs up on who pings more often than every
+            // 5 s unless it is told otherwise (`--grpc-keepalive-min-time`), and on who pings without a
+            // request under way.
             .with_keep_alive(Duration::from_secs(1), Duration::from_secs(2))
-            .with_keep_alive_while_idle(true)
+            .with_keep_alive_while_idle(false)
             // A watch on a member that is cut off from the others ends instead of being silent.
             .with_require_leader(true);
-        let client = Client::connect(&config.endpoints, Some(options))
-            .await
-            .map_err(read_error)?;
+        if let Some(EtcdTls { ca, identity }) = &config.tls {
+            let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(ca));
+            if let Some((certificate, key)) = identity {
+                tls = tls.identity(Identity::from_pem(certificate, key));
+            }
+            options = options.with_tls(tls);
+        }
+        let mut clients = Vec::new();
+        for endpoint in &config.endpoints {
+            let client = Client::connect([endpoint], Some(options.clone())).await;
+            clients.push(client.map_err(read_error)?);
+        }
+        if clients.is_empty() {
+            return Err(StoreError::Refused("no endpoints of etcd are given".into()));
+        }
+        // Storage nodes begin with different members.
+        let first = std::process::id() as usize % clients.len();
         Ok(Self {
-            client,
+            members: Arc::new(Members {
+                clients,
+                current: AtomicUsize::new(first),
+            }),
             request_timeout: config.request_timeout,
         })
     }
 
-    async fn read<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
-        match tokio::time::timeout(self.request_timeout, call).await {
-            Ok(result) => result.map_err(read_error),
-            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
+    fn turn(&self) -> Turn {
+        Turn {
+            members: Arc::clone(&self.members),
+            number: self.members.current.load(Ordering::Relaxed),
+            answered: false,
         }
     }
 
-    async fn write<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
-        match tokio::time::timeout(self.request_timeout, call).await {
+    async fn read<T>(&self, turn: Turn, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        turn.end(match tokio::time::timeout(self.request_timeout, call).await {
+            Ok(result) => result.map_err(read_error),
+            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
+        })
+    }
+
+    async fn write<T>(&self, turn: Turn, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        turn.end(match tokio::time::timeout(self.request_timeout, call).await {
             Ok(result) => result.map_err(write_error),
             Err(_) => Err(StoreError::Ambiguous("no answer in time".into())),
-        }
+        })
     }
 }
 
@@ -156,8 +242,9 @@ fn operation(op: Op) -> TxnOp {
 #[async_trait]
 impl MetaStore for EtcdStore {
     async fn get(&self, key: &[u8]) -> Result<Option<KeyValue>, StoreError> {
-        let mut client = self.client.kv_client();
-        let answer = self.read(client.get(key, None)).await?;
+        let turn = self.turn();
+        let mut client = turn.client().kv_client();
+        let answer = self.read(turn, client.get(key, None)).await?;
         Ok(answer.kvs().first().map(key_value))
     }
 
@@ -171,8 +258,9 @@ impl MetaStore for EtcdStore {
                 .with_range(end.clone())
                 .with_limit(RANGE_KEYS)
                 .with_revision(revision);
-            let mut client = self.client.kv_client().max_decoding_message_size(MAX_ANSWER_BYTES);
-            let answer = self.read(client.get(from, Some(options))).await?;
+            let turn = self.turn();
+            let mut client = turn.client().kv_client().max_decoding_message_size(MAX_ANSWER_BYTES);
+            let answer = self.read(turn, client.get(from, Some(options))).await?;
             if revision == 0 {
                 revision = answer
                     .header()
@@ -198,9 +286,10 @@ impl MetaStore for EtcdStore {
         let request = etcd_client::Txn::new()
             .when(txn.conditions.into_iter().map(compare).collect::<Vec<_>>())
             .and_then(txn.then.into_iter().map(operation).collect::<Vec<_>>());
-        let mut client = self.client.kv_client();
+        let turn = self.turn();
+        let mut client = turn.client().kv_client();
         let answer = self
-            .write(client.txn(request))
+            .write(turn, client.txn(request))
             .await
             .map_err(|error| with_lease(error, lease.unwrap_or(LeaseId(0))))?;
         Ok(TxnOutcome {
@@ -210,9 +299,10 @@ impl MetaStore for EtcdStore {
     }
 
     async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
-        let mut client = self.client.lease_client();
+        let turn = self.turn();
+        let mut client = turn.client().lease_client();
         let seconds = ttl.as_secs_f64().ceil() as i64;
-        let answer = self.write(client.grant(seconds, None)).await?;
+        let answer = self.write(turn, client.grant(seconds, None)).await?;
         Ok(LeaseId(answer.id()))
     }
 
@@ -220,20 +310,24 @@ impl MetaStore for EtcdStore {
         // A stream for one renewal (opening it sends and awaits one): a standing stream is bound to
         // one member and would have to be watched for silence. At a renewal or two a second it
         // costs nothing.
-        let mut client = self.client.lease_client();
-        match tokio::time::timeout(self.request_timeout, client.keep_alive(lease.0)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(Error::LeaseKeepAliveError(message))) if message.contains("not found") => {
-                Err(StoreError::LeaseExpired(lease))
-            }
-            Ok(Err(error)) => Err(with_lease(read_error(error), lease)),
-            Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
-        }
+        let turn = self.turn();
+        let mut client = turn.client().lease_client();
+        turn.end(
+            match tokio::time::timeout(self.request_timeout, client.keep_alive(lease.0)).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(Error::LeaseKeepAliveError(message))) if message.contains("not found") => {
+                    Err(StoreError::LeaseExpired(lease))
+                }
+                Ok(Err(error)) => Err(with_lease(read_error(error), lease)),
+                Err(_) => Err(StoreError::Unavailable("no answer in time".into())),
+            },
+        )
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
-        let mut client = self.client.lease_client();
-        match self.write(client.revoke(lease.0)).await {
+        let turn = self.turn();
+        let mut client = turn.client().lease_client();
+        match self.write(turn, client.revoke(lease.0)).await {
             Ok(_) | Err(StoreError::LeaseExpired(_)) => Ok(()),
             Err(error) => Err(error),
         }
@@ -243,8 +337,9 @@ impl MetaStore for EtcdStore {
         let options = WatchOptions::new()
             .with_range(prefix_end(prefix))
             .with_start_revision(from);
-        let mut client = self.client.watch_client().max_decoding_message_size(MAX_ANSWER_BYTES);
-        let stream = self.read(client.watch(prefix, Some(options))).await?;
+        let turn = self.turn();
+        let mut client = turn.client().watch_client().max_decoding_message_size(MAX_ANSWER_BYTES);
+        let stream = self.read(turn, client.watch(prefix, Some(options))).await?;
         Ok(Box::pin(futures::stream::unfold(
             Some(stream),
             move |state| async move {

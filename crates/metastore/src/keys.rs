@@ -60,6 +60,16 @@ impl Keys {
         self.key(format_args!("live/{node}"))
     }
 
+    /// All nodes' background work.
+    pub fn activities(&self) -> Vec<u8> {
+        self.key(format_args!("work/"))
+    }
+
+    /// A storage node's background work: a [`crate::ActivityRecord`].
+    pub fn activity(&self, node: &NodeId) -> Vec<u8> {
+        self.key(format_args!("work/{node}"))
+    }
+
     /// All replica sets.
     pub fn replica_sets(&self) -> Vec<u8> {
         self.key(format_args!("rs/"))

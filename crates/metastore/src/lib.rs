@@ -10,12 +10,12 @@ mod memory;
 mod records;
 mod store;
 
-pub use etcd::{EtcdConfig, EtcdStore};
+pub use etcd::{EtcdConfig, EtcdStore, EtcdTls};
 pub use keys::{Keys, ShardKey};
 pub use memory::MemoryStore;
 pub use records::{
-    ClusterRecord, CoordinatorRecord, LivenessRecord, NodeRecord, OwnerRecord, RecordError, ReplicaSetRecord,
-    ShardRecord, UsageRecord, VolumeRecord, VolumeState, decode, encode,
+    ActivityRecord, ClusterRecord, CoordinatorRecord, LivenessRecord, NodeRecord, OwnerRecord, RecordError,
+    ReplicaSetRecord, ScrubRecord, ShardRecord, UsageRecord, VolumeRecord, VolumeState, decode, encode,
 };
 pub use store::{
     Condition, Event, KeyValue, LeaseId, MetaStore, Op, Revision, StoreError, Txn, TxnOutcome, WatchBatch, WatchStream,

@@ -62,6 +62,44 @@ pub struct NodeRecord {
     pub disk: String,
     /// Copies of one chunk are spread over failure domains.
     pub failure_domain: String,
+    /// It is to leave: its copies move to other nodes, and it owns no metadata.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
+}
+
+/// What a storage node does in the background, as it last reported. Not leased: scrubbing goes on
+/// from here after a restart.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActivityRecord {
+    /// The disk that this is about.
+    pub disk: String,
+    /// Chunks and bytes that the node still has to copy to others.
+    pub repair_chunks: u64,
+    /// See `repair_chunks`.
+    pub repair_bytes: u64,
+    /// How far scrubbing is.
+    pub scrub: ScrubRecord,
+}
+
+/// How far a node's scrubbing is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubRecord {
+    /// Replica sets below this are done in the present pass.
+    pub next: Option<ReplicaSetId>,
+    /// Bytes verified in the present pass.
+    pub verified_bytes: u64,
+    /// Bytes of all copies when the pass began.
+    pub total_bytes: u64,
+    /// When the present pass began, in seconds since 1970.
+    pub began: u64,
+    /// When the last complete pass ended, in seconds since 1970; 0 if none has.
+    pub last_pass: u64,
+    /// Chunks found damaged or different since the process started.
+    pub found: u64,
+    /// Those that were replaced by a good copy.
+    pub repaired: u64,
+    /// Those without a good copy in sync.
+    pub lost: u64,
 }
 
 /// A running storage node; leased.
@@ -141,7 +179,8 @@ pub struct VolumeRecord {
 }
 
 /// A replica set's configuration: the single truth about who may serve its chunks. Changed by
-/// compare-and-swap only, each time with a raised epoch (PacificA).
+/// compare-and-swap only, each time with a raised epoch (PacificA), except that the coordinator may
+/// exchange `members` alone: they say who shall hold the copies, `in_sync` who does.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaSetRecord {
     /// The set.
@@ -150,10 +189,10 @@ pub struct ReplicaSetRecord {
     pub epoch: u64,
     /// Copies wanted and acknowledgement.
     pub replication: ReplicationPolicy,
-    /// The nodes that shall hold the copies.
+    /// The nodes that shall hold the copies; the first is the preferred primary.
     pub members: Vec<NodeId>,
-    /// Those members that hold every acknowledged write, or, while `recovering`, hold together
-    /// every acknowledged write.
+    /// Those nodes that hold every acknowledged write, or, while `recovering`, hold together
+    /// every acknowledged write. One that is not among `members` leaves when all of these are.
     pub in_sync: Vec<NodeId>,
     /// Orders the writes. One of `in_sync`.
     pub primary: NodeId,
@@ -164,6 +203,28 @@ pub struct ReplicaSetRecord {
     /// others may be given up. 0 otherwise.
     #[serde(default)]
     pub recovery_quorum: u32,
+}
+
+impl ReplicaSetRecord {
+    /// Whether a node shall hold the copies, or holds some that count.
+    pub fn involves(&self, node: &NodeId) -> bool {
+        self.members.contains(node) || self.in_sync.contains(node)
+    }
+
+    /// Whether the members that hold the copies are those that shall.
+    pub fn settled(&self) -> bool {
+        self.lacking().next().is_none() && self.leaving().next().is_none()
+    }
+
+    /// Members that do not hold the copies yet.
+    pub fn lacking(&self) -> impl Iterator<Item = &NodeId> {
+        self.members.iter().filter(|node| !self.in_sync.contains(node))
+    }
+
+    /// Nodes in sync that shall not hold the copies any more.
+    pub fn leaving(&self) -> impl Iterator<Item = &NodeId> {
+        self.in_sync.iter().filter(|node| !self.members.contains(node))
+    }
 }
 
 #[cfg(test)]

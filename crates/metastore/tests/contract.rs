@@ -25,6 +25,8 @@ impl Etcd {
         let log = std::fs::File::create(dir.path().join("etcd.log")).unwrap();
         let child = Command::new(binary())
             .args(["--name=test", "--log-level=warn", "--unsafe-no-fsync"])
+            // As the operator runs it.
+            .arg("--grpc-keepalive-min-time=500ms")
             .arg(format!("--data-dir={}", dir.path().join("data").display()))
             .arg(format!("--listen-client-urls={client}"))
             .arg(format!("--advertise-client-urls={client}"))
@@ -80,6 +82,41 @@ async fn memory_store_keeps_the_contract() {
 #[tokio::test]
 async fn etcd_keeps_the_contract() {
     let etcd = Etcd::start();
+    contract(&connect(&etcd).await).await;
+}
+
+/// Signs of life that are asked for too often make etcd hang up: what has nothing to tell for a while
+/// must not be taken for that.
+#[tokio::test]
+async fn etcd_does_not_hang_up_on_who_waits() {
+    let etcd = Etcd::start();
+    let (waiting, other) = (connect(&etcd).await, connect(&etcd).await);
+    let mut stream = waiting.watch(b"quiet/", 0).await.unwrap();
+    let silence = tokio::time::timeout(Duration::from_secs(8), stream.next()).await;
+    assert!(silence.is_err(), "the watch ended: {silence:?}");
+    other.txn(put_if_absent("quiet/a", "1")).await.unwrap();
+    let batch = tokio::time::timeout(DEADLINE, stream.next()).await.expect("no event");
+    assert_eq!(batch.unwrap().unwrap().events.len(), 1);
+}
+
+/// The machine of a member that hangs still accepts connections. At most one request waits for it.
+#[tokio::test]
+async fn a_member_that_hangs_is_left() {
+    let etcd = Etcd::start();
+    connect(&etcd).await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hung = format!("http://{}", listener.local_addr().unwrap());
+    for endpoints in [[hung.clone(), etcd.client.clone()], [etcd.client.clone(), hung]] {
+        let store = EtcdStore::connect(&EtcdConfig::new(endpoints.into())).await.unwrap();
+        let mut failures = 0;
+        for _ in 0..20 {
+            failures += usize::from(store.get(b"x").await.is_err());
+        }
+        assert!(failures <= 1, "{failures} of 20 requests were not answered");
+    }
+}
+
+async fn connect(etcd: &Etcd) -> EtcdStore {
     let store = EtcdStore::connect(&EtcdConfig::new(vec![etcd.client.clone()]))
         .await
         .unwrap();
@@ -89,7 +126,7 @@ async fn etcd_keeps_the_contract() {
         }
     };
     tokio::time::timeout(DEADLINE, up).await.expect("etcd does not answer");
-    contract(&store).await;
+    store
 }
 
 async fn contract(store: &dyn MetaStore) {

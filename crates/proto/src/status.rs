@@ -21,10 +21,11 @@ pub fn status(code: ErrorCode, message: impl Into<String>) -> Status {
         | ErrorCode::CrossDevice
         | ErrorCode::TooManyLinks
         | ErrorCode::Stale
+        | ErrorCode::Overtaken
         | ErrorCode::VolumeInUse
         | ErrorCode::InsufficientNodes
         | ErrorCode::SessionExpired => Code::FailedPrecondition,
-        ErrorCode::NotOwner | ErrorCode::WrongEpoch | ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::NotOwner | ErrorCode::WrongEpoch | ErrorCode::Unavailable | ErrorCode::Late => Code::Unavailable,
         ErrorCode::Corrupt => Code::DataLoss,
         ErrorCode::Internal => Code::Internal,
     };
@@ -38,12 +39,7 @@ pub fn status(code: ErrorCode, message: impl Into<String>) -> Status {
 /// The error code of a status: the one it carries, or, where it came from the transport or
 /// another server, the nearest one.
 pub fn code_of(status: &Status) -> ErrorCode {
-    if let Some(code) = status
-        .metadata()
-        .get(KEY)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .and_then(ErrorCode::from_number)
-    {
+    if let Some(code) = carried(status) {
         return code;
     }
     match status.code() {
@@ -65,6 +61,16 @@ pub fn code_of(status: &Status) -> ErrorCode {
     }
 }
 
+/// Whether the peer itself has answered so. Otherwise the request may still be on its way.
+pub fn is_answer(status: &Status) -> bool {
+    carried(status).is_some()
+}
+
+fn carried(status: &Status) -> Option<ErrorCode> {
+    let value = status.metadata().get(KEY)?;
+    ErrorCode::from_number(value.to_str().ok()?.parse().ok()?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,11 +79,13 @@ mod tests {
     fn every_code_survives_the_wire() {
         for &code in ErrorCode::ALL {
             assert_eq!(code_of(&status(code, "x")), code);
+            assert!(is_answer(&status(code, "x")));
         }
     }
 
     #[test]
     fn transport_errors_are_retryable() {
-        assert!(code_of(&Status::unavailable("connection refused")).retryable());
+        let refused = Status::unavailable("connection refused");
+        assert!(code_of(&refused).retryable() && !is_answer(&refused));
     }
 }

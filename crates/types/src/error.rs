@@ -78,6 +78,9 @@ codes! {
     TooSmall = 20, 34, false;
     /// A value out of its range, such as shrinking a volume.
     OutOfRange = 21, 34, false;
+    /// What was written may have been cut before it became part of the file: write again. For clients,
+    /// never for applications.
+    Overtaken = 22, 5, false;
     /// The volume does not exist.
     VolumeNotFound = 30, 2, false;
     /// The volume exists with other parameters.
@@ -94,6 +97,9 @@ codes! {
     Unavailable = 42, 5, true;
     /// The owner has ended the client's session.
     SessionExpired = 43, 5, false;
+    /// The request came after its deadline, or is of the clock of a process that is gone. For clients, never
+    /// for applications.
+    Late = 44, 5, true;
     /// Stored data failed its checksum and no good copy was found.
     Corrupt = 50, 5, false;
     /// A bug or an I/O error on a server.

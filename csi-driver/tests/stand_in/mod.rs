@@ -310,6 +310,18 @@ impl Cluster for FakeCluster {
         Err(Status::unimplemented("not needed here"))
     }
 
+    async fn drain_node(&self, _: Request<DrainNodeRequest>) -> Result<Response<DrainNodeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn undrain_node(&self, _: Request<UndrainNodeRequest>) -> Result<Response<UndrainNodeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn forget_node(&self, _: Request<ForgetNodeRequest>) -> Result<Response<ForgetNodeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
     type WatchMapStream = BoxStream<'static, Result<VolumeMap, Status>>;
 
     async fn watch_map(&self, _: Request<GetMapRequest>) -> Result<Response<Self::WatchMapStream>, Status> {

@@ -193,11 +193,16 @@ impl Installation {
 
     /// Runs the workload in a pod of the story; returns its closing line.
     pub(super) async fn workload(&self, pod: &str, args: &[&str]) -> Result<Value> {
+        self.workload_for(pod, args, Duration::from_secs(600)).await
+    }
+
+    /// The same for something that takes long.
+    pub(super) async fn workload_for(&self, pod: &str, args: &[&str], limit: Duration) -> Result<Value> {
         let output = self
             .lab
             .kubectl(["exec", "--namespace", APPS, pod, "--", "/bin/workload"])
             .args(args)
-            .limit(Duration::from_secs(600))
+            .limit(limit)
             .run()
             .await
             .with_context(|| format!("{args:?} in pod {pod}"))?;

@@ -15,9 +15,9 @@ use crate::{Deadline, wait_for};
 const LINES: u64 = 100;
 /// The story's claim.
 const CLAIM: &str = "shared";
-const PODS: [&str; 3] = ["pod-a", "pod-b", "pod-c"];
+pub(super) const PODS: [&str; 3] = ["pod-a", "pod-b", "pod-c"];
 /// Longest that the cluster may take to have all copies again.
-const HEAL: Duration = Duration::from_secs(300);
+pub(super) const HEAL: Duration = Duration::from_secs(300);
 
 /// Plays the whole story; it starts and ends without its claim and pods.
 pub async fn play(installation: &Installation, narrator: &dyn Narrator) -> Result<()> {
@@ -37,9 +37,10 @@ pub async fn play(installation: &Installation, narrator: &dyn Narrator) -> Resul
     story.delete().await
 }
 
-struct Story<'a> {
-    installation: &'a Installation,
-    narrator: &'a dyn Narrator,
+/// Pods of applications, and what they do.
+pub(super) struct Story<'a> {
+    pub(super) installation: &'a Installation,
+    pub(super) narrator: &'a dyn Narrator,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -49,7 +50,7 @@ enum Fault {
 }
 
 impl Story<'_> {
-    fn deadline(&self, seconds: u64) -> Deadline {
+    pub(super) fn deadline(&self, seconds: u64) -> Deadline {
         Deadline::secs(seconds).logs(self.installation.lab.config().logs())
     }
 
@@ -62,7 +63,7 @@ impl Story<'_> {
     }
 
     /// Removes what an earlier, perhaps interrupted story left.
-    async fn clean(&self) -> Result<()> {
+    pub(super) async fn clean(&self) -> Result<()> {
         self.installation
             .lab
             .apply(&format!(
@@ -93,7 +94,7 @@ impl Story<'_> {
         .await
     }
 
-    async fn claim_and_pods(&self) -> Result<()> {
+    pub(super) async fn claim_and_pods(&self) -> Result<()> {
         self.narrator.step("a PersistentVolumeClaim, ReadWriteMany");
         let started = Instant::now();
         self.installation
@@ -128,7 +129,7 @@ impl Story<'_> {
         Ok(())
     }
 
-    async fn start_pod(&self, name: &str, node: &str, mounted: bool) -> Result<Duration> {
+    pub(super) async fn start_pod(&self, name: &str, node: &str, mounted: bool) -> Result<Duration> {
         let started = Instant::now();
         let mounts = if mounted {
             json!([{"name": "data", "mountPath": "/data"}])
@@ -293,7 +294,7 @@ impl Story<'_> {
     }
 
     /// Waits until pod B sees at least so many files in a folder; returns how many there are.
-    async fn files_in(&self, folder: &str, at_least: usize) -> Result<usize> {
+    pub(super) async fn files_in(&self, folder: &str, at_least: usize) -> Result<usize> {
         wait_for(self.deadline(180), format!("{at_least} files in {folder}"), || async {
             let list = self
                 .installation

@@ -10,8 +10,8 @@ use kube::api::Api;
 
 pub use rustix::process::Signal;
 
-use super::cgroup::Cgroups;
 use super::{Lab, host, network, node};
+use crate::cgroup::Cgroups;
 use crate::{Deadline, wait_for};
 
 impl Lab {

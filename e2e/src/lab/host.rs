@@ -10,9 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::cgroup::Cgroups;
 use super::config::{CONTROL_PLANE, LabConfig};
 use super::network;
+use crate::cgroup::Cgroups;
 use crate::process::{self, Process, write_atomically};
 use crate::{Deadline, wait_for};
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::cgroup::Cgroups;
 use super::config::LabConfig;
+use crate::cgroup::Cgroups;
 use crate::command::Cmd;
 use crate::process::{self, Daemon, Process};
 use crate::{Deadline, cmd, wait_for};

@@ -5,7 +5,6 @@
 //! [`Lab::down`] removes every trace, and both may be interrupted at any point and run again.
 
 mod addons;
-mod cgroup;
 mod client;
 mod config;
 mod control_plane;

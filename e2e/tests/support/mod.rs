@@ -1,6 +1,6 @@
 //! What several test files use.
 
-use lazarette_e2e::local::LocalCluster;
+use lazarette_e2e::local::{LocalCluster, Shape};
 
 /// A cluster in a temporary folder, stopped also when the test fails.
 pub(crate) struct Cluster {
@@ -9,12 +9,17 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
+    #[allow(dead_code)]
     pub(crate) async fn up() -> Self {
+        Self::up_as(Shape::default()).await
+    }
+
+    pub(crate) async fn up_as(shape: Shape) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("lazarette-local-")
             .tempdir_in("/var/tmp")
             .unwrap();
-        let inner = LocalCluster::up(dir.path(), Some(3)).await.unwrap();
+        let inner = LocalCluster::up_as(dir.path(), shape).await.unwrap();
         Self { inner, dir: Some(dir) }
     }
 

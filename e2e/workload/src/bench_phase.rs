@@ -1,5 +1,6 @@
+use crate::latency::Latencies;
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 /// Bytes of a small file, and of one random read.
 const SMALL: usize = 4096;
@@ -28,20 +30,36 @@ pub enum Phase {
     Missing,
     /// Open a file for reading and close it.
     OpenClose,
+    /// The next entry of the folder and its attributes.
+    ListLong,
+    /// Give a file another name in its folder.
+    Rename,
     /// Remove a file.
     Unlink,
+    /// Remove a file whose name was listed before the start, as `rm -r` does.
+    UnlinkListed,
     /// Create a folder.
     Mkdir,
+    /// Remove a folder.
+    Rmdir,
     /// Create a file with 4 KiB and close it.
     WriteSmall,
+    /// Create a file with 4 KiB, fsync and close it.
+    WriteSmallSync,
     /// Open a file, read its 4 KiB and close it.
     ReadSmall,
     /// Write 1 MiB at the end of the stream, which is created.
     StreamWrite,
+    /// The same, with an fsync at the end of the phase.
+    StreamWriteSync,
     /// Read the next 1 MiB of the stream.
     StreamRead,
     /// Read 4 KiB of the stream, no place twice, in no order, with the kernel told so.
     RandomRead,
+    /// Write 4 KiB of the stream, no place twice, in no order, with an fsync at the end of the phase.
+    RandomWrite,
+    /// The same, with an fdatasync after each and none at the end.
+    RandomWriteSync,
 }
 
 /// A phase in one folder: names of process N are in its folder `pN`, the stream is `stream`.
@@ -55,10 +73,13 @@ pub struct Work {
     pub processes: usize,
     /// Operations of each process.
     pub count: usize,
+    /// With a limit a process ends also when this time is over or when there are no more names of an
+    /// earlier phase, which may have had a limit itself.
+    pub limit: Option<Duration>,
 }
 
 /// How long a phase took.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timed {
     /// Operations of all processes.
     pub operations: usize,
@@ -66,6 +87,8 @@ pub struct Timed {
     pub begin: u64,
     /// Nanoseconds of the monotonic clock at which the last process ended.
     pub end: u64,
+    /// Of each operation, without what a phase does at its end.
+    pub latencies: Latencies,
 }
 
 impl Timed {
@@ -88,6 +111,10 @@ impl Work {
             operations: timed.iter().map(|timed| timed.operations).sum(),
             begin: timed.iter().map(|timed| timed.begin).min().context("no process")?,
             end: timed.iter().map(|timed| timed.end).max().context("no process")?,
+            latencies: timed.iter().fold(Latencies::default(), |mut all, timed| {
+                all.add(&timed.latencies);
+                all
+            }),
         })
     }
 
@@ -155,8 +182,13 @@ impl Worker {
 struct Part {
     phase: Phase,
     count: usize,
+    limit: Option<Duration>,
     /// The names it works on, for phases with names.
     paths: Vec<PathBuf>,
+    /// The folder of those names.
+    folder: PathBuf,
+    /// What is left of the folder's entries, once it is open.
+    entries: Option<fs::ReadDir>,
     /// The stream, for phases on it.
     stream: Option<OwnedFd>,
     /// Offsets of random reads.
@@ -169,15 +201,18 @@ impl Part {
         let mut part = Self {
             phase: work.phase,
             count: work.count,
+            limit: work.limit,
             paths: Vec::new(),
+            folder: work.dir.join(format!("p{index}")),
+            entries: None,
             stream: None,
             offsets: Vec::new(),
-            buffer: vec![0x5a; SMALL],
+            buffer: noise(SMALL),
         };
         let stream = work.dir.join("stream");
         match work.phase {
-            Phase::StreamWrite => {
-                part.buffer = vec![0x5a; BLOCK];
+            Phase::StreamWrite | Phase::StreamWriteSync => {
+                part.buffer = noise(BLOCK);
                 part.stream = Some(open(&stream, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?);
             }
             Phase::StreamRead => {
@@ -191,47 +226,99 @@ impl Part {
                 part.offsets = offsets(fs::metadata(&stream)?.len(), work, index)?;
                 part.stream = Some(file);
             }
-            phase => part.paths = names(&work.dir.join(format!("p{index}")), phase, work.count)?,
+            Phase::RandomWrite | Phase::RandomWriteSync => {
+                part.offsets = offsets(fs::metadata(&stream)?.len(), work, index)?;
+                part.stream = Some(open(&stream, OFlags::WRONLY)?);
+            }
+            Phase::UnlinkListed => part.paths = listed(&part.folder)?,
+            Phase::ListLong => {}
+            phase => {
+                if phase.makes_names() {
+                    let folder = &part.folder;
+                    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+                }
+                part.paths = names(&part.folder, phase, work.count);
+            }
         }
         Ok(part)
     }
 
     fn run(&mut self) -> Result<Timed> {
+        let mut latencies = Latencies::default();
         let begin = now();
-        for number in 0..self.count {
-            self.operation(number)
-                .with_context(|| format!("{:?} number {number}", self.phase))?;
+        let limit = self.limit.map_or(u64::MAX, |limit| begin + limit.as_nanos() as u64);
+        let (mut operations, mut last) = (0, begin);
+        while operations < self.count && last < limit {
+            let more = self
+                .operation(operations)
+                .with_context(|| format!("{:?} number {operations}", self.phase))?;
+            if !more {
+                break;
+            }
+            let now = now();
+            latencies.note(now - last);
+            (operations, last) = (operations + 1, now);
+        }
+        ensure!(operations > 0, "{:?} found nothing to work on", self.phase);
+        if matches!(self.phase, Phase::StreamWriteSync | Phase::RandomWrite) {
+            rustix::fs::fsync(self.stream()?)?;
+            last = now();
         }
         Ok(Timed {
-            operations: self.count,
+            operations,
             begin,
-            end: now(),
+            end: last,
+            latencies,
         })
     }
 
-    fn operation(&mut self, number: usize) -> Result<()> {
+    /// Whether it was done: there may be no more names.
+    fn operation(&mut self, number: usize) -> Result<bool> {
         let new = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
         match self.phase {
-            Phase::Create => drop(open(&self.paths[number], new)?),
-            Phase::Stat => {
-                rustix::fs::lstat(&self.paths[number])?;
-            }
-            Phase::Missing => match rustix::fs::lstat(&self.paths[number]) {
+            Phase::Create => drop(open(self.path(number)?, new)?),
+            Phase::Stat => return self.found(rustix::fs::lstat(self.path(number)?)),
+            Phase::Missing => match rustix::fs::lstat(self.path(number)?) {
                 Err(Errno::NOENT) => {}
-                other => bail!("{} is there: {other:?}", self.paths[number].display()),
+                other => bail!("{} is there: {other:?}", self.path(number)?.display()),
             },
-            Phase::OpenClose => drop(open(&self.paths[number], OFlags::RDONLY)?),
-            Phase::Unlink => rustix::fs::unlinkat(CWD, &self.paths[number], AtFlags::empty())?,
-            Phase::Mkdir => rustix::fs::mkdir(&self.paths[number], Mode::from_raw_mode(0o755))?,
-            Phase::WriteSmall => all(
-                rustix::io::write(&open(&self.paths[number], new)?, &self.buffer)?,
-                SMALL,
-            )?,
-            Phase::ReadSmall => {
-                let file = open(&self.paths[number], OFlags::RDONLY)?;
-                all(rustix::io::read(&file, &mut self.buffer[..])?, SMALL)?;
+            Phase::OpenClose => return self.found(open_existing(self.path(number)?)),
+            Phase::ListLong => {
+                if self.entries.is_none() {
+                    self.entries = Some(fs::read_dir(&self.folder)?);
+                }
+                match self.entries.as_mut().and_then(Iterator::next) {
+                    Some(entry) => fs::symlink_metadata(entry?.path())?,
+                    None => return Ok(false),
+                };
             }
-            Phase::StreamWrite => all(rustix::io::write(self.stream()?, &self.buffer)?, BLOCK)?,
+            Phase::Rename => {
+                let path = self.path(number)?;
+                return self.found(rustix::fs::rename(path, path.with_extension("renamed")));
+            }
+            Phase::Unlink => return self.found(rustix::fs::unlink(self.path(number)?)),
+            Phase::UnlinkListed => match self.paths.get(number) {
+                Some(path) => rustix::fs::unlink(path)?,
+                None => return Ok(false),
+            },
+            Phase::Mkdir => rustix::fs::mkdir(self.path(number)?, Mode::from_raw_mode(0o755))?,
+            Phase::Rmdir => return self.found(rustix::fs::rmdir(self.path(number)?)),
+            Phase::WriteSmall | Phase::WriteSmallSync => {
+                let file = open(self.path(number)?, new)?;
+                self.mark(number);
+                all(rustix::io::write(&file, &self.buffer)?, SMALL)?;
+                if self.phase == Phase::WriteSmallSync {
+                    rustix::fs::fsync(&file)?;
+                }
+            }
+            Phase::ReadSmall => match open_existing(self.path(number)?) {
+                Ok(file) => all(rustix::io::read(&file, &mut self.buffer[..])?, SMALL)?,
+                missing => return self.found(missing),
+            },
+            Phase::StreamWrite | Phase::StreamWriteSync => {
+                self.mark(number);
+                all(rustix::io::write(self.stream()?, &self.buffer)?, BLOCK)?;
+            }
             Phase::StreamRead => {
                 let file = self.stream.as_ref().context("no stream")?;
                 all(rustix::io::read(file, &mut self.buffer[..])?, BLOCK)?;
@@ -241,8 +328,33 @@ impl Part {
                 let count = rustix::io::pread(file, &mut self.buffer[..], self.offsets[number])?;
                 all(count, SMALL)?;
             }
+            Phase::RandomWrite | Phase::RandomWriteSync => {
+                self.mark(number);
+                let file = self.stream()?;
+                all(rustix::io::pwrite(file, &self.buffer, self.offsets[number])?, SMALL)?;
+                if self.phase == Phase::RandomWriteSync {
+                    rustix::fs::fdatasync(file)?;
+                }
+            }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn path(&self, number: usize) -> Result<&Path> {
+        self.paths.get(number).map(PathBuf::as_path).context("no such name")
+    }
+
+    /// With a limit, a name that is missing is the end and no error.
+    fn found<T>(&self, result: rustix::io::Result<T>) -> Result<bool> {
+        match result {
+            Err(Errno::NOENT) if self.limit.is_some() => Ok(false),
+            other => Ok(other.map(|_| true)?),
+        }
+    }
+
+    /// Makes what is written next differ from everything written before.
+    fn mark(&mut self, number: usize) {
+        self.buffer[..8].copy_from_slice(&(number as u64).to_le_bytes());
     }
 
     fn stream(&self) -> Result<&OwnedFd> {
@@ -260,17 +372,44 @@ fn all(done: usize, wanted: usize) -> Result<()> {
     Ok(())
 }
 
-fn names(folder: &Path, phase: Phase, count: usize) -> Result<Vec<PathBuf>> {
-    // By the first phase in a folder; the others find it.
-    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+fn open_existing(path: &Path) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
+impl Phase {
+    /// Whether the names are made by it, and the folder of the names with them.
+    fn makes_names(self) -> bool {
+        use Phase::{Create, Mkdir, WriteSmall, WriteSmallSync};
+        matches!(self, Create | Mkdir | WriteSmall | WriteSmallSync)
+    }
+}
+
+fn names(folder: &Path, phase: Phase, count: usize) -> Vec<PathBuf> {
     let kind = match phase {
         Phase::Missing => "missing",
-        Phase::Mkdir => "folder",
+        Phase::Mkdir | Phase::Rmdir => "folder",
         _ => "file",
     };
-    Ok((0..count)
+    (0..count)
         .map(|number| folder.join(format!("{kind}-{number:06}")))
-        .collect())
+        .collect()
+}
+
+fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?;
+    Ok(entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?)
+}
+
+/// Bytes that cannot be compressed, other ones each time.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = now() | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    (0..length / 8).flat_map(|_| next()).collect()
 }
 
 /// The part of process `index` of all blocks of the stream in a random order.
@@ -314,6 +453,7 @@ mod tests {
             dir: dir.into(),
             processes: 1,
             count,
+            limit: None,
         };
         Part::prepare(&work, 0)?.run()
     }
@@ -326,17 +466,25 @@ mod tests {
             Phase::Stat,
             Phase::Missing,
             Phase::OpenClose,
-            Phase::Mkdir,
+            Phase::ListLong,
+            Phase::Rename,
+            Phase::UnlinkListed,
+            Phase::WriteSmallSync,
             Phase::Unlink,
+            Phase::Mkdir,
+            Phase::Rmdir,
             Phase::WriteSmall,
             Phase::ReadSmall,
             Phase::StreamWrite,
+            Phase::StreamWriteSync,
             Phase::StreamRead,
             Phase::RandomRead,
+            Phase::RandomWrite,
+            Phase::RandomWriteSync,
         ];
         for phase in phases {
             let timed = run(dir.path(), phase, 4).unwrap();
-            assert_eq!(timed.operations, 4);
+            assert_eq!((timed.operations, timed.latencies.count()), (4, 4));
             assert!(timed.rate() > 0.0);
         }
         assert_eq!(fs::metadata(dir.path().join("stream")).unwrap().len(), 4 << 20);
@@ -350,6 +498,34 @@ mod tests {
         assert!(run(dir.path(), Phase::ReadSmall, 1).is_err());
         assert!(run(dir.path(), Phase::Stat, 3).is_err());
         assert!(run(dir.path(), Phase::RandomRead, 1).is_err());
+    }
+
+    #[test]
+    fn a_limit_ends_a_phase_and_so_does_the_last_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |phase, count, limit| {
+            let work = Work {
+                phase,
+                dir: dir.path().into(),
+                processes: 1,
+                count,
+                limit: Some(limit),
+            };
+            Part::prepare(&work, 0)?.run()
+        };
+        let long = Duration::from_secs(600);
+        assert_eq!(run(Phase::Create, 1000, Duration::from_nanos(1)).unwrap().operations, 1);
+        for phase in [
+            Phase::Stat,
+            Phase::OpenClose,
+            Phase::ListLong,
+            Phase::Rename,
+            Phase::UnlinkListed,
+        ] {
+            assert_eq!(run(phase, 1000, long).unwrap().operations, 1, "{phase:?}");
+        }
+        assert!(run(Phase::Stat, 1000, long).is_err());
+        assert!(run(Phase::ListLong, 1000, long).is_err());
     }
 
     #[test]

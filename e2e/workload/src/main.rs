@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use clap::Parser;
+use lazarette_workload::verifier;
 use std::path::PathBuf;
 
 #[derive(Parser)]
@@ -24,6 +25,38 @@ enum Command {
     Verify { dir: PathBuf, acknowledged: u64 },
     /// One process of a benchmark's phase, which is given as JSON; starts at a line of input
     Phase { work: String, index: usize },
+    /// Random operations on several mounts of one volume, told what to do by lines of input
+    Verifier {
+        /// A folder where the volume is mounted; may be given several times
+        #[arg(long = "mount", required = true)]
+        mounts: Vec<PathBuf>,
+        /// A folder outside the volume that remembers what must be there
+        #[arg(long)]
+        model: PathBuf,
+        /// Decides what is done
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Number of this process's first worker; others may have other numbers
+        #[arg(long, default_value_t = 0)]
+        first_worker: u32,
+        /// Workers of this process
+        #[arg(long, default_value_t = 4)]
+        workers: u32,
+        /// Bytes of the volume's chunks
+        #[arg(long, default_value_t = 4 << 20)]
+        chunk: u64,
+        /// The storage nodes' disks may get full
+        #[arg(long)]
+        full_disks: bool,
+    },
+    /// Compare a volume with the verifier's model
+    Check {
+        mount: PathBuf,
+        model: PathBuf,
+        /// Bytes of the volume's chunks
+        #[arg(long, default_value_t = 4 << 20)]
+        chunk: u64,
+    },
     /// Do nothing until stopped
     Idle,
 }
@@ -58,6 +91,23 @@ fn main() -> Result<()> {
             let work: lazarette_workload::Work = serde_json::from_str(&work)?;
             serde_json::to_value(work.take_part(index)?)?
         }
+        Command::Verifier {
+            mounts,
+            model,
+            seed,
+            first_worker,
+            workers,
+            chunk,
+            full_disks,
+        } => {
+            let mut plan = verifier::Plan::new(mounts, model, seed);
+            plan.first_worker = first_worker;
+            plan.workers = workers;
+            plan.chunk = chunk;
+            plan.full_disks = full_disks;
+            serde_json::to_value(verifier::obey(plan.start()?)?)?
+        }
+        Command::Check { mount, model, chunk } => serde_json::to_value(verifier::check(&mount, &model, chunk)?)?,
         Command::Idle => loop {
             std::thread::park();
         },

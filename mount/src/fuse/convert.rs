@@ -27,6 +27,11 @@ fn kind(kind: client::Kind) -> Kind {
     }
 }
 
+/// The kind in the mode of attributes.
+pub(super) fn kind_of(attr: &Attr) -> Kind {
+    Kind::of_mode(attr.mode).unwrap_or(Kind::File)
+}
+
 /// The kind in the upper bits of a mode.
 pub(super) fn kind_of_mode(mode: u32) -> Result<client::Kind> {
     Ok(match Kind::of_mode(mode).ok_or(Errno::EINVAL)? {
@@ -69,6 +74,7 @@ pub(super) fn set_attributes(set: &Setattr) -> client::SetAttributes {
         atime: set.atime.map(set_time),
         mtime: set.mtime.map(set_time),
         ctime: set.ctime.map(nanoseconds),
+        drop_privileges: set.kill_suidgid,
     }
 }
 

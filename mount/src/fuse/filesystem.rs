@@ -1,11 +1,11 @@
 use super::Invalidator;
 use super::convert::{
-    attr, attributes, entry, errno, kind_of_mode, lock, lock_range, set_attributes, unknown_handle, xattr_mode,
+    attr, attributes, entry, errno, kind_of, kind_of_mode, lock, lock_range, set_attributes, unknown_handle, xattr_mode,
 };
 use super::handles::{Ahead, Handles};
 use bytes::Bytes;
 use lazarette_client as client;
-use lazarette_client::{File, LockKind, LockOwner, NewNode, OpenMode, SetAttributes, Volume};
+use lazarette_client::{File, Found, LockKind, LockOwner, NewNode, OpenMode, SetAttributes, Volume};
 use lazarette_fuse::abi::OpenReplyFlags;
 use lazarette_fuse::attributes::{Lock, LockKind as Requested};
 use lazarette_fuse::operation::{
@@ -16,9 +16,11 @@ use lazarette_fuse::operation::{
 use lazarette_fuse::{
     Attr, Attributes, Data, Entry, Errno, Filesystem, Kind, Listed, Listing, Opened, Request, Result, Statfs,
 };
+use lazarette_types::ErrorCode;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Entries asked for at a time when a directory is listed.
 const LISTING: u32 = 256;
@@ -26,16 +28,18 @@ const LISTING: u32 = 256;
 const DOTS: u64 = 2;
 /// For "..", whose number nobody needs: as libfuse has it.
 const UNKNOWN_INODE: u64 = 0xffff_ffff;
-/// Inodes that statfs reports as free: there is no limit.
-const FREE_INODES: u64 = 1 << 40;
-
 const O_DSYNC: u32 = 0o10_000;
+/// Includes O_DSYNC.
+const O_SYNC: u32 = 0o4_010_000;
 const O_TRUNC: u32 = 0o1000;
 const O_EXCL: u32 = 0o200;
 const O_APPEND: u32 = 0o2000;
 const S_ISUID: u32 = 0o4000;
 const S_ISGID: u32 = 0o2000;
 const S_IXGRP: u32 = 0o10;
+const FALLOC_FL_KEEP_SIZE: u32 = 1;
+const FALLOC_FL_PUNCH_HOLE: u32 = 2;
+const FALLOC_FL_ZERO_RANGE: u32 = 0x10;
 const RENAME_NOREPLACE: u32 = 1;
 const RENAME_EXCHANGE: u32 = 2;
 
@@ -76,13 +80,10 @@ fn node(kind: client::Kind, mode: u32, request: &Request) -> NewNode {
     }
 }
 
-/// The mode without the bits that must not survive a change by another than the owner.
-fn without_privileges(mode: u32) -> Option<u32> {
-    let mut drop = mode & S_ISUID;
-    if mode & S_IXGRP != 0 {
-        drop |= mode & S_ISGID;
-    }
-    (drop != 0).then_some(mode & !drop)
+/// Whether a file has bits that must not survive a change by another than its owner.
+fn has_privileges(attr: &client::Attr) -> bool {
+    let group = S_ISGID | S_IXGRP;
+    attr.kind() == client::Kind::File && (attr.mode & S_ISUID != 0 || attr.mode & group == group)
 }
 
 impl Shared {
@@ -90,18 +91,16 @@ impl Shared {
         self.handles.file(handle).ok_or_else(unknown_handle)
     }
 
-    /// Drops set-id bits; the kernel leaves it to us to know when.
+    /// Drops set-id bits; the kernel leaves it to us to know whether there are any.
     async fn drop_privileges(&self, entry: client::Entry) -> client::Result<client::Entry> {
-        match without_privileges(entry.attr.mode) {
-            Some(mode) if entry.attr.kind() == client::Kind::File => {
-                let set = SetAttributes {
-                    mode: Some(mode),
-                    ..SetAttributes::default()
-                };
-                self.volume.set_attr(entry.attr.ino, set).await
-            }
-            _ => Ok(entry),
+        if !has_privileges(&entry.attr) {
+            return Ok(entry);
         }
+        let set = SetAttributes {
+            drop_privileges: true,
+            ..SetAttributes::default()
+        };
+        self.volume.set_attr(entry.attr.ino, set).await
     }
 
     /// A new handle, and how the kernel is to treat it. Pages from before stay only if the file has
@@ -123,15 +122,6 @@ impl Shared {
         }
     }
 
-    async fn set_attr(&self, set: Setattr) -> client::Result<client::Entry> {
-        let entry = self.volume.set_attr(set.node, set_attributes(&set)).await?;
-        let chown = (set.uid.is_some() || set.gid.is_some()) && set.mode.is_none();
-        if chown || set.kill_suidgid {
-            return self.drop_privileges(entry).await;
-        }
-        Ok(entry)
-    }
-
     async fn open(&self, open: Open) -> client::Result<Opened> {
         let (file, mut entry) = self.volume.open(open.node, open_mode(open.flags)).await?;
         if open.kill_suidgid {
@@ -142,7 +132,7 @@ impl Shared {
 
     async fn write(&self, write: &Write) -> client::Result<()> {
         let file = self.file(write.handle)?;
-        if write.kill_suidgid && without_privileges(file.attr().mode).is_some() {
+        if write.kill_suidgid && has_privileges(&file.attr()) {
             let entry = self.volume.get_attr(file.ino()).await?;
             self.drop_privileges(entry).await?;
         }
@@ -152,7 +142,12 @@ impl Shared {
         }
         file.write(write.offset, &write.data).await?;
         if write.flags & O_DSYNC != 0 && !file.appends() {
-            file.fsync().await?;
+            let all = write.flags & O_SYNC == O_SYNC;
+            if all {
+                file.fsync().await?
+            } else {
+                file.sync_data().await?
+            }
         }
         Ok(())
     }
@@ -165,12 +160,14 @@ impl Shared {
             return Ok(());
         }
         let asked = tokio::time::Instant::now();
+        let news = self.volume.news();
         let (entries, end, ttl) = self.volume.read_dir(ino, after, LISTING).await?;
         *ahead = Ahead {
             entries: entries.into(),
             after,
             end,
             fresh_until: Some(asked + ttl),
+            news,
         };
         Ok(())
     }
@@ -240,8 +237,16 @@ impl VolumeFilesystem {
 
 impl Filesystem for VolumeFilesystem {
     async fn lookup(&self, _: &Request, lookup: Lookup<'_>) -> Result<Entry> {
-        let found = self.shared.volume.lookup(lookup.parent, lookup.name.as_bytes()).await;
-        found.map(entry).map_err(errno)
+        let found = self.shared.volume.find(lookup.parent, lookup.name.as_bytes()).await;
+        match found.map_err(errno)? {
+            Found::Entry(found) => Ok(entry(found)),
+            Found::Missing(Duration::ZERO) => Err(Errno::ENOENT),
+            Found::Missing(entry_ttl) => Ok(Entry {
+                node: 0,
+                entry_ttl,
+                ..Entry::default()
+            }),
+        }
     }
 
     fn forget(&self, forgets: &[Forget]) {
@@ -251,12 +256,16 @@ impl Filesystem for VolumeFilesystem {
     }
 
     async fn getattr(&self, _: &Request, getattr: Getattr) -> Result<Attributes> {
-        let found = self.shared.volume.get_attr(getattr.node).await;
+        let found = match self.shared.volume.get_attr(getattr.node).await {
+            Err(error) if error.code() == ErrorCode::Stale => self.shared.handles.removed(getattr.node).ok_or(error),
+            found => found,
+        };
         found.map(attributes).map_err(errno)
     }
 
     async fn setattr(&self, _: &Request, setattr: Setattr) -> Result<Attributes> {
-        self.change(|fs| async move { fs.set_attr(setattr).await })
+        let (ino, set) = (setattr.node, set_attributes(&setattr));
+        self.change(|fs| async move { fs.volume.set_attr(ino, set).await })
             .await
             .map(attributes)
     }
@@ -295,8 +304,12 @@ impl Filesystem for VolumeFilesystem {
 
     async fn rmdir(&self, _: &Request, remove: Remove<'_>) -> Result<()> {
         let name = remove.name.as_bytes().to_vec();
-        self.change(|fs| async move { fs.volume.rmdir(remove.parent, &name).await })
-            .await
+        self.change(|fs| async move {
+            let removed = fs.volume.rmdir(remove.parent, &name).await?;
+            fs.handles.note_removed(removed);
+            Ok(())
+        })
+        .await
     }
 
     async fn rename(&self, _: &Request, rename: Rename<'_>) -> Result<()> {
@@ -323,7 +336,10 @@ impl Filesystem for VolumeFilesystem {
     }
 
     async fn open(&self, _: &Request, open: Open) -> Result<Opened> {
-        self.change(|fs| async move { fs.open(open).await }).await
+        if open.kill_suidgid {
+            return self.change(|fs| async move { fs.open(open).await }).await;
+        }
+        self.shared.open(open).await.map_err(errno)
     }
 
     async fn create(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
@@ -377,7 +393,12 @@ impl Filesystem for VolumeFilesystem {
 
     async fn fsync(&self, _: &Request, fsync: Fsync) -> Result<()> {
         let file = self.shared.file(fsync.handle).map_err(errno)?;
-        file.fsync().await.map_err(errno)
+        let synced = if fsync.data_only {
+            file.sync_data().await
+        } else {
+            file.fsync().await
+        };
+        synced.map_err(errno)
     }
 
     async fn opendir(&self, _: &Request, _: Open) -> Result<Opened> {
@@ -399,6 +420,9 @@ impl Filesystem for VolumeFilesystem {
             }
         }
         let ttl = ahead.ttl();
+        // The kernel takes attributes for as new as its request, so these must not be from before something
+        // that happened here since: it would forget what was written to the end of a file, for example.
+        let current = ahead.news == self.shared.volume.news();
         while let Some(next) = ahead.entries.front() {
             let cookie = next.cookie;
             let attr = next.attr.as_ref().map_or_else(Attr::default, attr);
@@ -409,7 +433,12 @@ impl Filesystem for VolumeFilesystem {
                 attr_ttl: ttl,
                 entry_ttl: ttl,
             };
-            if listing.add_plus(&entry, cookie + DOTS, OsStr::from_bytes(&next.name)) == Listed::Full {
+            let name = OsStr::from_bytes(&next.name);
+            let listed = match current {
+                true => listing.add_plus(&entry, cookie + DOTS, name),
+                false => listing.add(entry.node, cookie + DOTS, kind_of(&entry.attr), name),
+            };
+            if listed == Listed::Full {
                 break;
             }
             ahead.entries.pop_front();
@@ -436,8 +465,8 @@ impl Filesystem for VolumeFilesystem {
             blocks: stat.size_bytes / BLOCK,
             free,
             available: free,
-            files: stat.used_inodes.saturating_add(FREE_INODES),
-            free_files: FREE_INODES,
+            files: stat.inodes,
+            free_files: stat.inodes.saturating_sub(stat.used_inodes),
             bsize: BLOCK as u32,
             name_max: lazarette_types::NAME_MAX as u32,
             frsize: BLOCK as u32,
@@ -462,10 +491,14 @@ impl Filesystem for VolumeFilesystem {
         value.await.map_err(errno)
     }
 
-    async fn listxattr(&self, _: &Request, listxattr: Listxattr) -> Result<Bytes> {
+    async fn listxattr(&self, request: &Request, listxattr: Listxattr) -> Result<Bytes> {
         let names = self.shared.volume.list_xattr(listxattr.node).await.map_err(errno)?;
         let mut all = Vec::new();
         for name in names {
+            // The kernel checks who may read or set them, but not who may see their names.
+            if name.starts_with(b"trusted.") && request.uid() != 0 {
+                continue;
+            }
             all.extend_from_slice(&name);
             all.push(0);
         }
@@ -491,20 +524,25 @@ impl Filesystem for VolumeFilesystem {
     }
 
     async fn fallocate(&self, _: &Request, fallocate: Fallocate) -> Result<()> {
-        if fallocate.mode != 0 {
-            return Err(Errno::EOPNOTSUPP);
-        }
+        let Fallocate {
+            offset, length, mode, ..
+        } = fallocate;
+        let keeps_size = mode & FALLOC_FL_KEEP_SIZE != 0;
         self.change(|fs| async move {
-            let ino = fs.file(fallocate.handle)?.ino();
-            let end = fallocate.offset.saturating_add(fallocate.length);
-            if fs.volume.get_attr(ino).await?.attr.size < end {
-                let set = SetAttributes {
-                    size: Some(end),
-                    ..SetAttributes::default()
-                };
-                fs.volume.set_attr(ino, set).await?;
+            let file = fs.file(fallocate.handle)?;
+            let end = offset.saturating_add(length);
+            match mode & !FALLOC_FL_KEEP_SIZE {
+                FALLOC_FL_PUNCH_HOLE if keeps_size => file.zero(offset, length).await,
+                FALLOC_FL_ZERO_RANGE => {
+                    file.zero(offset, length).await?;
+                    if keeps_size { Ok(()) } else { file.grow(end).await }
+                }
+                0 if !keeps_size => file.grow(end).await,
+                // The bytes of a file count whether they are written or not. Beyond its end nothing can be
+                // set aside.
+                0 if fs.volume.get_attr(file.ino()).await?.attr.size >= end => Ok(()),
+                _ => Err(client::Error::new(ErrorCode::Unsupported, "mode of fallocate")),
             }
-            Ok(())
         })
         .await
     }

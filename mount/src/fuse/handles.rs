@@ -1,6 +1,6 @@
 //! What the kernel's file handles stand for.
 
-use lazarette_client::{DirEntry, File};
+use lazarette_client::{Attr, DirEntry, Entry, File};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,9 @@ pub(super) struct Handles {
     next: AtomicU64,
     files: Mutex<HashMap<u64, Arc<File>>>,
     directories: Mutex<HashMap<u64, Arc<tokio::sync::Mutex<Ahead>>>>,
+    /// Directories that were removed here and that the kernel may still have: somebody's current one, for
+    /// example. The owner knows nothing of them any more.
+    removed: Mutex<HashMap<u64, Attr>>,
     /// For inodes whose pages the kernel may have: the change counter they are from.
     cached: Mutex<HashMap<u64, u64>>,
 }
@@ -27,6 +30,8 @@ pub(super) struct Ahead {
     pub(super) end: bool,
     /// Until when their attributes hold.
     pub(super) fresh_until: Option<Instant>,
+    /// [`lazarette_client::Volume::news`] when they were asked for.
+    pub(super) news: u64,
 }
 
 impl Ahead {
@@ -80,8 +85,21 @@ impl Handles {
         lock(&self.cached).insert(ino, change) == Some(change)
     }
 
+    /// Keeps the last attributes of a directory until the kernel has dropped it.
+    pub(super) fn note_removed(&self, attr: Attr) {
+        lock(&self.removed).insert(attr.ino, attr);
+    }
+
+    /// A directory that was removed here.
+    pub(super) fn removed(&self, ino: u64) -> Option<Entry> {
+        let attr = *lock(&self.removed).get(&ino)?;
+        let ttl = Duration::ZERO;
+        Some(Entry { attr, ttl })
+    }
+
     /// The kernel has dropped the inode.
     pub(super) fn forget(&self, ino: u64) {
+        lock(&self.removed).remove(&ino);
         lock(&self.cached).remove(&ino);
     }
 }

@@ -50,10 +50,7 @@ pub(crate) async fn mount(
             | Capabilities::HANDLE_KILLPRIV_V2
             // Shared mappings of files that are open to append.
             | Capabilities::DIRECT_IO_ALLOW_MMAP,
-        required: Capabilities::POSIX_LOCKS
-            | Capabilities::FLOCK_LOCKS
-            | Capabilities::ATOMIC_O_TRUNC
-            | Capabilities::AUTO_INVAL_DATA,
+        required: Capabilities::POSIX_LOCKS | Capabilities::FLOCK_LOCKS | Capabilities::AUTO_INVAL_DATA,
         ..defaults
     };
     let options = MountOptions {

@@ -4,12 +4,12 @@ use super::ValidCluster;
 use super::build::Objects;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{PersistentVolume, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolume, PersistentVolumeClaim, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client, Resource, ResourceExt};
-use lazarette_api::cluster_labels;
+use lazarette_api::{annotation, cluster_labels};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
@@ -67,6 +67,7 @@ pub(super) async fn apply(client: &Client, cluster: &ValidCluster, objects: &Obj
     // A new field must be handled here.
     let Objects {
         service_accounts,
+        config_maps,
         services,
         network_policies,
         disruption_budgets,
@@ -77,6 +78,7 @@ pub(super) async fn apply(client: &Client, cluster: &ValidCluster, objects: &Obj
         create(client, volume).await?;
     }
     apply_all(client, cluster, service_accounts).await?;
+    apply_all(client, cluster, config_maps).await?;
     apply_all(client, cluster, services).await?;
     apply_all(client, cluster, network_policies).await?;
     apply_all(client, cluster, disruption_budgets).await?;
@@ -85,6 +87,7 @@ pub(super) async fn apply(client: &Client, cluster: &ValidCluster, objects: &Obj
     delete_orphans::<StatefulSet>(client, cluster, &stateful_sets).await?;
     delete_orphans::<PodDisruptionBudget>(client, cluster, disruption_budgets).await?;
     delete_orphans::<NetworkPolicy>(client, cluster, network_policies).await?;
+    delete_orphans::<ConfigMap>(client, cluster, config_maps).await?;
     delete_orphans::<Service>(client, cluster, services).await?;
     delete_orphans::<ServiceAccount>(client, cluster, service_accounts).await?;
     Ok(Applied { stateful_sets })
@@ -160,6 +163,21 @@ pub(super) async fn offer_again(client: &Client, name: &str) -> Result<(), Apply
     match api.patch(name, &parameters, &Patch::Merge(patch)).await {
         Ok(_) => Ok(()),
         Err(source) => Err(error::<PersistentVolume>("patch", name.to_owned(), source)),
+    }
+}
+
+/// Notes on a claim that etcd has run on it or beside it.
+pub(super) async fn mark_etcd_has_run(client: &Client, namespace: &str, claim: &str) -> Result<(), ApplyError> {
+    let api = Api::<PersistentVolumeClaim>::namespaced(client.clone(), namespace);
+    let patch = serde_json::json!({"metadata": {"annotations": {annotation::ETCD_HAS_RUN: "true"}}});
+    let parameters = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    match api.patch_metadata(claim, &parameters, &Patch::Merge(patch)).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(source) => Err(error::<PersistentVolumeClaim>("patch", claim.to_owned(), source)),
     }
 }
 

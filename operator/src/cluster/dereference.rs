@@ -3,10 +3,11 @@
 use super::ValidCluster;
 use super::build::{Component, persistent_volume_name, persistent_volume_selector, pinned_node, pod_selector};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod, Toleration};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod, Toleration};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
+use lazarette_api::annotation;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A pod that is tied to a Kubernetes node because its data is in a folder there.
@@ -31,6 +32,12 @@ pub struct Dereferenced {
     pub unsatisfied: Vec<Unsatisfied>,
     /// Pods of storage nodes that exist in any state.
     pub storage_pods: usize,
+    /// Storage nodes that the StatefulSet asks for; absent while it does not exist.
+    pub storage_replicas: Option<i32>,
+    /// etcd has run on at least one of the claims that exist.
+    pub etcd_has_run: bool,
+    /// Claims of etcd members that do not say so.
+    pub etcd_claims_unmarked: Vec<String>,
     /// PersistentVolumes whose claim was deleted, and which wait to be given to the next claim.
     pub released: Vec<String>,
 }
@@ -54,11 +61,25 @@ pub(super) async fn dereference(client: &Client, cluster: &ValidCluster) -> Resu
         .list(&ListParams::default())
         .await?
         .items;
+    let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
+    let storage = sets.get_opt(&cluster.storage_name()).await?;
     let mut known = Dereferenced {
         storage_pods: storage_pods.items.len(),
+        storage_replicas: storage.and_then(|set| set.spec?.replicas),
         ..Dereferenced::default()
     };
-    let uses_host_path = Component::ALL.iter().any(|c| c.storage(cluster).host_path.is_some());
+    let claims = Api::<PersistentVolumeClaim>::namespaced(client.clone(), namespace)
+        .list_metadata(&ListParams::default().labels(&pod_selector(name, Component::Etcd)))
+        .await?;
+    for claim in claims {
+        if claim.annotations().get(annotation::ETCD_HAS_RUN).map(String::as_str) == Some("true") {
+            known.etcd_has_run = true;
+        } else if claim.metadata.deletion_timestamp.is_none() {
+            known.etcd_claims_unmarked.push(claim.name_any());
+        }
+    }
+    let mut components = cluster.components().iter();
+    let uses_host_path = components.any(|c| c.storage(cluster).host_path.is_some());
     if uses_host_path {
         let selector = persistent_volume_selector(namespace, name);
         let volumes = Api::<PersistentVolume>::all(client.clone())
@@ -116,7 +137,7 @@ fn is_ready(node: &Node) -> bool {
 /// that has no pod of the same component yet. A pod for which there is no node is left out.
 fn pins(cluster: &ValidCluster, nodes: &[Node], volumes: &[PersistentVolume]) -> Vec<Pin> {
     let mut all = Vec::new();
-    for component in Component::ALL {
+    for &component in cluster.components() {
         if component.storage(cluster).host_path.is_none() {
             continue;
         }
@@ -159,10 +180,8 @@ fn pins(cluster: &ValidCluster, nodes: &[Node], volumes: &[PersistentVolume]) ->
 
 fn missing_nodes(cluster: &ValidCluster, nodes: &[Node], pins: &[Pin]) -> Vec<Unsatisfied> {
     let mut missing = Vec::new();
-    for (component, field) in [
-        (Component::Etcd, "spec.etcd"),
-        (Component::Storage, "spec.storageNodes"),
-    ] {
+    for &component in cluster.components() {
+        let field = component.field();
         let placement = component.placement(cluster);
         let admitting = nodes
             .iter()
@@ -195,10 +214,8 @@ fn missing_nodes(cluster: &ValidCluster, nodes: &[Node], pins: &[Pin]) -> Vec<Un
 async fn missing_storage_classes(client: &Client, cluster: &ValidCluster) -> Result<Vec<Unsatisfied>, kube::Error> {
     let mut missing = Vec::new();
     let classes: Api<StorageClass> = Api::all(client.clone());
-    for (component, field) in [
-        (Component::Etcd, "spec.etcd"),
-        (Component::Storage, "spec.storageNodes"),
-    ] {
+    for &component in cluster.components() {
+        let field = component.field();
         let Some(template) = &component.storage(cluster).volume_claim_template else {
             continue;
         };
@@ -247,7 +264,7 @@ pub(super) struct Rollout {
     pub changing: bool,
 }
 
-/// Reads a StatefulSet's progress towards `wanted` pods.
+/// Reads a StatefulSet's progress towards the pods that it asks for.
 pub(super) fn rollout(set: Option<&StatefulSet>) -> Rollout {
     let Some(set) = set else {
         return Rollout::default();
@@ -303,7 +320,7 @@ mod tests {
             pins: pins(&valid, &nodes, &[]),
             ..Dereferenced::default()
         };
-        let volumes = crate::cluster::build(&valid, &known, &crate::cluster::tests::defaults()).persistent_volumes;
+        let volumes = crate::cluster::build(&valid, &known, &crate::cluster::tests::defaults(), 3).persistent_volumes;
         assert_eq!(volumes.len(), 6);
         // Another node becomes ready and one leaves: nobody moves.
         nodes[2] = node("b", true);

@@ -6,6 +6,7 @@ pub mod build;
 mod deletion;
 mod dereference;
 mod rolling;
+mod scaling;
 mod status;
 mod storage;
 mod validate;
@@ -14,13 +15,13 @@ pub use apply::{ApplyError, FIELD_MANAGER};
 pub use build::build;
 pub use deletion::FINALIZER;
 pub use dereference::{Dereferenced, Pin};
-pub use validate::{Invalid, ValidCluster, validate};
+pub use validate::{Etcd, Invalid, Repair, ValidCluster, validate};
 
 use crate::context::Context;
-use apply::{Applied, apply, offer_again};
+use apply::{apply, mark_etcd_has_run, offer_again};
 use build::Component;
 use deletion::{Decision, decide, is_forced};
-use dereference::{Rollout, dereference, rollout, update_revision};
+use dereference::{Rollout, Unsatisfied, dereference, rollout, update_revision};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
@@ -29,7 +30,8 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource, ResourceExt};
 use lazarette_api::{ConditionType, StorageCluster, StorageClusterStatus, condition, label};
-use lazarette_proto::cluster::ClusterStatus;
+use rolling::{Rolling, Step};
+use scaling::Plan;
 use serde_json::json;
 use status::{Seen, is_unsettled, pod_problems};
 use std::sync::Arc;
@@ -87,7 +89,8 @@ pub async fn reconcile(cluster: Arc<StorageCluster>, context: Arc<Context>) -> R
         let volumes = if is_forced(&cluster) {
             Ok(Vec::new())
         } else {
-            storage::volumes(&context.storage_address(&cluster)).await
+            let namespace = cluster.namespace().unwrap_or_default();
+            storage::volumes(&context.storage_address(&namespace, &cluster.name_any())).await
         };
         match decide(&cluster, seen.seen.storage.ready, volumes) {
             Decision::Release(why) => {
@@ -115,8 +118,9 @@ pub async fn reconcile(cluster: Arc<StorageCluster>, context: Arc<Context>) -> R
 /// What was seen, and the error that ends the reconciliation after the status was written.
 struct Outcome {
     seen: Seen,
-    /// What the storage nodes' pods shall be like, as far as the StatefulSet controller knows it.
-    revision: Option<String>,
+    /// What the pods shall be like, as far as the StatefulSet controller knows it.
+    revisions: Vec<(Component, String)>,
+    plan: Option<Plan>,
     error: Option<ReconcileError>,
 }
 
@@ -131,9 +135,11 @@ async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
             storage: Rollout::default(),
             pod_problems: Vec::new(),
             view: Err("not asked".to_owned()),
+            waiting: None,
             hold: None,
         },
-        revision: None,
+        revisions: Vec::new(),
+        plan: None,
         error: None,
     };
     let valid = match validate(cluster, &context.defaults) {
@@ -146,22 +152,9 @@ async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
     if cluster.spec.paused {
         return outcome;
     }
-    match dereference_and_apply(&valid, context, &mut outcome.seen).await {
-        Ok(applied) => {
-            for set in &applied.stateful_sets {
-                let name = set.name_any();
-                if name == valid.etcd_name() {
-                    outcome.seen.etcd = rollout(Some(set));
-                } else if name == valid.storage_name() {
-                    outcome.seen.storage = rollout(Some(set));
-                    outcome.revision = update_revision(set);
-                }
-            }
-        }
-        Err(error) => {
-            outcome.seen.apply_error = Some(error.to_string());
-            outcome.error = Some(error);
-        }
+    if let Err(error) = dereference_and_apply(&valid, context, &mut outcome).await {
+        outcome.seen.apply_error = Some(error.to_string());
+        outcome.error = Some(error);
     }
     outcome
 }
@@ -169,25 +162,68 @@ async fn bring_about(cluster: &StorageCluster, context: &Context) -> Outcome {
 async fn dereference_and_apply(
     valid: &ValidCluster,
     context: &Context,
-    seen: &mut Seen,
-) -> Result<Applied, ReconcileError> {
-    let known = dereference(&context.client, valid)
+    outcome: &mut Outcome,
+) -> Result<(), ReconcileError> {
+    let client = &context.client;
+    let known = dereference(client, valid)
         .await
         .map_err(ReconcileError::at("read the cluster"))?;
-    seen.unsatisfied.clone_from(&known.unsatisfied);
-    let objects = build(valid, &known, &context.defaults);
-    let applied = apply(&context.client, valid, &objects).await?;
-    for volume in &known.released {
-        offer_again(&context.client, volume).await?;
+    outcome.seen.unsatisfied.clone_from(&known.unsatisfied);
+    // Before there are pods, asking would only take time.
+    if known.storage_pods > 0 {
+        outcome.seen.view = ask(context, &valid.namespace, &valid.name).await;
     }
-    Ok(applied)
+    let plan = scaling::plan(
+        &valid.storage_name(),
+        valid.spec.storage_nodes.count,
+        known.storage_replicas,
+        outcome.seen.view.as_ref().ok(),
+    );
+    let objects = build(valid, &known, &context.defaults, plan.replicas);
+    outcome.plan = Some(plan).filter(|_| !valid.spec.stopped);
+    let applied = apply(client, valid, &objects).await?;
+    for set in &applied.stateful_sets {
+        let name = set.name_any();
+        let component = if name == valid.etcd_name() {
+            outcome.seen.etcd = rollout(Some(set));
+            Component::Etcd
+        } else {
+            outcome.seen.storage = rollout(Some(set));
+            Component::Storage
+        };
+        outcome
+            .revisions
+            .extend(update_revision(set).map(|revision| (component, revision)));
+    }
+    // A member is ready only when most are: the cluster has begun.
+    if outcome.seen.etcd.ready > 0 {
+        for claim in &known.etcd_claims_unmarked {
+            mark_etcd_has_run(client, &valid.namespace, claim).await?;
+        }
+    }
+    for volume in &known.released {
+        offer_again(client, volume).await?;
+    }
+    Ok(())
 }
 
-/// Looks at pods and asks the storage nodes.
+async fn ask(
+    context: &Context,
+    namespace: &str,
+    name: &str,
+) -> Result<lazarette_proto::cluster::ClusterStatus, String> {
+    let answer = storage::status(&context.storage_address(namespace, name)).await;
+    answer.map_err(|error| error.to_string())
+}
+
+/// Looks at pods and at what the storage nodes said, and takes the next steps of scaling in and of
+/// bringing new templates to pods.
 async fn observe(
     cluster: &StorageCluster,
     context: &Context,
-    Outcome { seen, revision, .. }: &mut Outcome,
+    Outcome {
+        seen, revisions, plan, ..
+    }: &mut Outcome,
 ) -> Result<(), ReconcileError> {
     let namespace = cluster.namespace().unwrap_or_default();
     let name = cluster.name_any();
@@ -209,36 +245,110 @@ async fn observe(
         .await
         .map_err(ReconcileError::at("read the pods"))?;
     seen.pod_problems = pod_problems(&pods.items, Timestamp::now());
-    seen.view = storage::status(&context.storage_address(cluster))
-        .await
-        .map_err(|error| error.to_string());
-    if let Some(revision) = revision {
-        roll(cluster, context, &pods.items, revision, seen.view.as_ref().ok()).await?;
+    if seen.view.is_err() {
+        seen.view = ask(context, &namespace, &name).await;
     }
-    Ok(())
+    if let Some(plan) = plan {
+        scale(cluster, context, plan, seen).await;
+    }
+    roll(cluster, context, &pods.items, revisions, seen).await
 }
 
-/// Brings a new template to the storage nodes: deletes a pod if it is outdated and may go now.
+/// Tells the storage nodes who leaves and who stays. What they refuse belongs into the status.
+async fn scale(cluster: &StorageCluster, context: &Context, plan: &Plan, seen: &mut Seen) {
+    let Ok(view) = &seen.view else { return };
+    let address = context.storage_address(&cluster.namespace().unwrap_or_default(), &cluster.name_any());
+    let draining = |name: &String| view.nodes.iter().any(|node| node.id == *name && node.draining);
+    let mut problems = Vec::new();
+    for node in plan.drain.iter().filter(|node| !draining(node)) {
+        match storage::drain(&address, node).await {
+            Ok(()) => {
+                let note = format!("storage node {node} hands over its copies before it is removed");
+                publish(context, cluster, EventType::Normal, "StorageNodeDraining", &note).await;
+            }
+            Err(error) => {
+                problems.push(Unsatisfied {
+                    reason: "ScaleInRefused",
+                    message: format!(
+                        "spec.storageNodes.count is {}, but storage node {node} cannot be removed: {error}; raise the \
+                         count again, or add storage nodes",
+                        cluster.spec.storage_nodes.count
+                    ),
+                });
+                // Those before it are of no use as long as it stays.
+                break;
+            }
+        }
+    }
+    for node in &plan.undrain {
+        if let Err(error) = storage::undrain(&address, node).await {
+            tracing::warn!(node, %error, "storage node not told to stay; trying again");
+        }
+    }
+    for node in &plan.forget {
+        match storage::forget(&address, node).await {
+            Ok(()) => {
+                let note = format!("storage node {node} is removed");
+                publish(context, cluster, EventType::Normal, "StorageNodeRemoved", &note).await;
+            }
+            Err(error) => tracing::info!(node, %error, "storage node not forgotten yet"),
+        }
+    }
+    seen.unsatisfied.extend(problems);
+}
+
+/// Brings new templates to the pods: deletes one if it is outdated and may go now. etcd comes first.
 async fn roll(
     cluster: &StorageCluster,
     context: &Context,
     pods: &[Pod],
-    revision: &str,
-    view: Option<&ClusterStatus>,
+    revisions: &[(Component, String)],
+    seen: &mut Seen,
 ) -> Result<(), ReconcileError> {
-    let wanted = cluster.spec.storage_nodes.count;
-    let is_storage = |pod: &&Pod| {
-        let component = pod.labels().get(label::COMPONENT);
-        component.is_some_and(|found| found == Component::Storage.label())
-    };
-    let pods: Vec<Pod> = pods.iter().filter(is_storage).cloned().collect();
-    let whole = view.is_some_and(|view| rolling::is_whole(view, wanted));
-    let Some(pod) = rolling::next(&pods, revision, wanted, whole) else {
-        return Ok(());
-    };
+    for (component, revision) in revisions {
+        let of_kind = |pod: &&Pod| {
+            let found = pod.labels().get(label::COMPONENT);
+            found.is_some_and(|found| found == component.label())
+        };
+        let pods: Vec<Pod> = pods.iter().filter(of_kind).cloned().collect();
+        let (wanted, obstacle) = match component {
+            Component::Etcd => (cluster.spec.etcd.members, None),
+            Component::Storage => {
+                let wanted = cluster.spec.storage_nodes.count;
+                (wanted, rolling::obstacle(seen.view.as_ref().ok(), wanted))
+            }
+        };
+        let rolling = Rolling {
+            pods: &pods,
+            revision,
+            wanted,
+            obstacle,
+            majority: *component == Component::Etcd,
+        };
+        match rolling.next(Timestamp::now()) {
+            Step::Done => {}
+            Step::Renew(pod) => return renew(cluster, context, pod).await,
+            Step::Wait(why) => {
+                seen.waiting = Some(why);
+                return Ok(());
+            }
+            Step::Stopped(why) => {
+                seen.waiting = Some(why.clone());
+                seen.unsatisfied.push(Unsatisfied {
+                    reason: "RolloutStopped",
+                    message: why,
+                });
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn renew(cluster: &StorageCluster, context: &Context, pod: &Pod) -> Result<(), ReconcileError> {
     let name = pod.name_any();
     let note = format!("pod {name} is started anew with the new template");
-    publish(context, cluster, EventType::Normal, "StorageNodeRestarting", &note).await;
+    publish(context, cluster, EventType::Normal, "PodRestarting", &note).await;
     let parameters = DeleteParams {
         preconditions: Some(Preconditions {
             uid: pod.uid(),

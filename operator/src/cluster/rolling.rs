@@ -1,44 +1,125 @@
-//! Brings a new pod template to the storage nodes, one after the other.
+//! Brings a new pod template to etcd members and storage nodes, one pod after the other.
 //!
 //! Kubernetes would go on as soon as a pod is ready. But a storage node that is ready may still
 //! fetch what it missed, and taking the next one away would leave data with too few copies. So the
-//! StatefulSet's strategy is OnDelete, and the operator deletes the pods.
+//! StatefulSets' strategy is OnDelete, and the operator deletes the pods. It does not go on while a
+//! pod with the new template is not ready: a template that does not work costs one pod, not all.
 
+use super::status::pod_problems;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
-use lazarette_proto::cluster::ClusterStatus;
+use lazarette_proto::cluster::{ClusterStatus, NodeStatus};
 
 const REVISION: &str = "controller-revision-hash";
 
-/// Whether every storage node is live and every copy is there.
-pub(super) fn is_whole(view: &ClusterStatus, wanted: i32) -> bool {
-    let wanted = usize::try_from(wanted).unwrap_or_default();
-    let live = view.nodes.iter().filter(|node| node.live).count();
-    live >= wanted
-        && view.nodes.iter().all(|node| node.live)
-        && view.degraded_replica_sets == 0
-        && view.unavailable_replica_sets == 0
-        && view.ownerless_volumes == 0
+/// Seconds that a pod may take to become ready, from its creation; after that it is said to fail.
+const PATIENCE: i64 = 180;
+
+/// Seconds after which etcd members that are all not ready are believed to need the new template.
+const OUTAGE: i64 = 60;
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Step<'a> {
+    /// All pods have the template.
+    Done,
+    /// Start this pod anew.
+    Renew(&'a Pod),
+    /// Others must come first.
+    Wait(String),
+    /// A pod with the new template does not become ready.
+    Stopped(String),
 }
 
-/// The pod to delete next so that it comes back with the template's `revision`, if that harms
-/// nobody now. `pods` are those of the storage nodes, `wanted` is how many there shall be, `whole`
-/// whether all data has all copies.
-pub(super) fn next<'a>(pods: &'a [Pod], revision: &str, wanted: i32, whole: bool) -> Option<&'a Pod> {
-    let outdated = || {
-        pods.iter()
-            .filter(|pod| pod.metadata.deletion_timestamp.is_none())
-            .filter(|pod| pod.labels().get(REVISION).is_some_and(|found| found != revision))
+/// One kind of pods, and what may be done to them.
+pub(super) struct Rolling<'a> {
+    /// All pods of the kind.
+    pub pods: &'a [Pod],
+    /// What they shall be like.
+    pub revision: &'a str,
+    /// How many there shall be.
+    pub wanted: i32,
+    /// Why none may be taken away now, if so.
+    pub obstacle: Option<String>,
+    /// None of them serves unless most do, so that if none is ready, none is worth keeping.
+    pub majority: bool,
+}
+
+/// A storage node that was told to leave and may be gone.
+pub(super) fn has_left(node: &NodeStatus) -> bool {
+    node.safe_to_remove && !node.live
+}
+
+/// Why no storage node may be taken away: someone is missing, or a copy is.
+pub(super) fn obstacle(view: Option<&ClusterStatus>, wanted: i32) -> Option<String> {
+    let Some(view) = view else {
+        return Some("the storage nodes cannot be asked".to_owned());
     };
-    // One that does not serve is no loss, and the new template may be what repairs it.
-    if let Some(pod) = outdated().find(|pod| !is_ready(pod)) {
-        return Some(pod);
+    let nodes = || view.nodes.iter().filter(|node| !has_left(node));
+    let live = nodes().filter(|node| node.live).count();
+    if live < usize::try_from(wanted).unwrap_or_default() || nodes().any(|node| !node.live) {
+        return Some(format!("{live} of {wanted} storage nodes are live"));
     }
-    let complete = usize::try_from(wanted).is_ok_and(|wanted| pods.len() == wanted) && pods.iter().all(is_ready);
-    if !whole || !complete {
-        return None;
+    for (count, what) in [
+        (view.degraded_replica_sets, "replica sets lack copies"),
+        (view.unavailable_replica_sets, "replica sets cannot take writes"),
+        (view.ownerless_volumes, "volumes have no owner"),
+    ] {
+        if count > 0 {
+            return Some(format!("{count} {what}"));
+        }
     }
-    outdated().max_by_key(|pod| ordinal(pod))
+    None
+}
+
+impl<'a> Rolling<'a> {
+    /// The step that harms nobody now.
+    pub(super) fn next(&self, now: Timestamp) -> Step<'a> {
+        let has_template = |pod: &&Pod| pod.labels().get(REVISION).is_none_or(|found| found == self.revision);
+        let outdated = || {
+            let pods = self.pods.iter().filter(move |pod| !has_template(pod));
+            pods.filter(|pod| pod.metadata.deletion_timestamp.is_none())
+        };
+        if outdated().next().is_none() {
+            return Step::Done;
+        }
+        let age = |pod: &Pod| {
+            let created = pod.metadata.creation_timestamp.as_ref();
+            created.map_or(0, |created| now.as_second() - created.0.as_second())
+        };
+        let down = self.majority && self.pods.iter().all(|pod| !is_ready(pod) && age(pod) > OUTAGE);
+        if down && let Some(pod) = outdated().next() {
+            return Step::Renew(pod);
+        }
+        if let Some(pod) = self.pods.iter().filter(has_template).find(|pod| !is_ready(pod)) {
+            let name = pod.name_any();
+            let problems = pod_problems(std::slice::from_ref(pod), now);
+            let problem = problems.into_iter().map(|problem| problem.message).next();
+            let late = (age(pod) > PATIENCE).then(|| format!("pod {name} did not become ready in {PATIENCE} s"));
+            return if let Some(problem) = problem.or(late) {
+                Step::Stopped(format!(
+                    "the new template does not work: {problem}; the other pods keep the old one: correct the spec"
+                ))
+            } else {
+                Step::Wait(format!("pod {name} has the new template and is not ready yet"))
+            };
+        }
+        // One that does not serve is no loss, and the new template may be what repairs it.
+        if let Some(pod) = outdated().find(|pod| !is_ready(pod)) {
+            return Step::Renew(pod);
+        }
+        let ready = self.pods.iter().filter(|pod| is_ready(pod)).count();
+        if ready != self.pods.len() || usize::try_from(self.wanted).is_ok_and(|wanted| ready < wanted) {
+            return Step::Wait(format!("{ready} of {} pods are ready", self.wanted));
+        }
+        if let Some(obstacle) = &self.obstacle {
+            return Step::Wait(obstacle.clone());
+        }
+        outdated()
+            .max_by_key(|pod| ordinal(pod))
+            .map_or(Step::Done, Step::Renew)
+    }
 }
 
 fn ordinal(pod: &Pod) -> Option<u32> {
@@ -54,50 +135,100 @@ fn is_ready(pod: &Pod) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lazarette_proto::cluster::NodeStatus;
     use serde_json::json;
 
     fn pod(ordinal: u32, revision: &str, ready: bool) -> Pod {
         serde_json::from_value(json!({
-            "metadata": {"name": format!("demo-storage-{ordinal}"), "labels": {REVISION: revision}},
+            "metadata": {
+                "name": format!("demo-storage-{ordinal}"),
+                "labels": {REVISION: revision},
+                "creationTimestamp": "1970-01-01T00:00:00Z",
+            },
             "status": {"conditions": [{"type": "Ready", "status": if ready { "True" } else { "False" }}]},
         }))
         .unwrap()
     }
 
-    fn chosen(pods: &[Pod], whole: bool) -> Option<String> {
-        next(pods, "new", 3, whole).map(ResourceExt::name_any)
+    fn step(pods: &[Pod], change: impl FnOnce(&mut Rolling<'_>), second: i64) -> String {
+        let mut rolling = Rolling {
+            pods,
+            revision: "new",
+            wanted: 3,
+            obstacle: None,
+            majority: false,
+        };
+        change(&mut rolling);
+        match rolling.next(Timestamp::from_second(second).unwrap()) {
+            Step::Done => "done".to_owned(),
+            Step::Renew(pod) => pod.name_any(),
+            Step::Wait(why) => format!("wait: {why}"),
+            Step::Stopped(why) => format!("stopped: {why}"),
+        }
+    }
+
+    fn chosen(pods: &[Pod]) -> String {
+        step(pods, |_| {}, 10)
     }
 
     #[test]
     fn one_after_the_other_from_the_last_while_all_is_whole() {
         let mut pods = vec![pod(0, "old", true), pod(2, "old", true), pod(1, "old", true)];
-        assert_eq!(chosen(&pods, true).as_deref(), Some("demo-storage-2"));
-        assert_eq!(chosen(&pods, false), None);
+        assert_eq!(chosen(&pods), "demo-storage-2");
+        let obstacle = |rolling: &mut Rolling<'_>| rolling.obstacle = Some("a copy is missing".to_owned());
+        assert_eq!(step(&pods, obstacle, 10), "wait: a copy is missing");
         pods[1] = pod(2, "new", true);
-        assert_eq!(chosen(&pods, true).as_deref(), Some("demo-storage-1"));
+        assert_eq!(chosen(&pods), "demo-storage-1");
         let done = [0, 1, 2].map(|ordinal| pod(ordinal, "new", true));
-        assert_eq!(chosen(&done, true), None);
+        assert_eq!(chosen(&done), "done");
     }
 
     #[test]
     fn nobody_goes_while_another_is_away() {
         let restarting = [pod(0, "old", true), pod(1, "old", true), pod(2, "new", false)];
-        assert_eq!(chosen(&restarting, true), None);
-        assert_eq!(chosen(&restarting[..2], true), None);
+        assert_eq!(
+            chosen(&restarting),
+            "wait: pod demo-storage-2 has the new template and is not ready yet"
+        );
+        assert_eq!(chosen(&restarting[..2]), "wait: 2 of 3 pods are ready");
         let mut terminating = restarting.clone();
         terminating[2] = serde_json::from_value(json!({
             "metadata": {"name": "demo-storage-2", "deletionTimestamp": "2026-01-01T00:00:00Z"},
             "status": {"conditions": [{"type": "Ready", "status": "True"}]},
         }))
         .unwrap();
-        assert_eq!(chosen(&terminating, true), None);
+        assert!(chosen(&terminating).starts_with("wait: "));
+    }
+
+    #[test]
+    fn a_template_that_does_not_work_costs_one_pod() {
+        // The one that was renewed fails, and another of the old ones too: it is not renewed as well.
+        let pods = [pod(0, "old", false), pod(1, "old", true), pod(2, "new", false)];
+        assert!(step(&pods, |_| {}, PATIENCE).starts_with("wait: "));
+        let stopped = step(&pods, |_| {}, PATIENCE + 1);
+        assert!(
+            stopped.starts_with("stopped: the new template does not work: pod demo-storage-2 did not become ready"),
+            "{stopped}"
+        );
+        // A third template replaces the one that failed first.
+        let third = |rolling: &mut Rolling<'_>| rolling.revision = "third";
+        let pods = [pod(0, "old", true), pod(1, "old", true), pod(2, "new", false)];
+        assert_eq!(step(&pods, third, 10), "demo-storage-2");
     }
 
     #[test]
     fn one_that_does_not_serve_goes_at_any_time() {
         let pods = [pod(0, "old", false), pod(1, "old", true), pod(2, "new", true)];
-        assert_eq!(chosen(&pods, false).as_deref(), Some("demo-storage-0"));
+        let obstacle = |rolling: &mut Rolling<'_>| rolling.obstacle = Some("a copy is missing".to_owned());
+        assert_eq!(step(&pods, obstacle, 10), "demo-storage-0");
+    }
+
+    #[test]
+    fn members_that_need_a_majority_are_renewed_together_if_none_is_ready() {
+        let pods = [pod(0, "old", false), pod(1, "old", false), pod(2, "new", false)];
+        let majority = |rolling: &mut Rolling<'_>| rolling.majority = true;
+        assert!(step(&pods, majority, OUTAGE).starts_with("wait: "));
+        assert_eq!(step(&pods, majority, OUTAGE + 1), "demo-storage-0");
+        assert!(step(&pods, |_| {}, OUTAGE + 1).starts_with("wait: "));
     }
 
     #[test]
@@ -110,16 +241,25 @@ mod tests {
             nodes: vec![node(true); 3],
             ..ClusterStatus::default()
         };
-        assert!(is_whole(&view, 3));
-        assert!(!is_whole(&view, 4));
+        assert_eq!(obstacle(Some(&view), 3), None);
+        assert!(obstacle(Some(&view), 4).is_some());
+        assert!(obstacle(None, 3).is_some());
         let changed = |change: fn(&mut ClusterStatus)| {
             let mut view = view.clone();
             change(&mut view);
-            is_whole(&view, 3)
+            obstacle(Some(&view), 3)
         };
-        assert!(!changed(|view| view.nodes[0].live = false));
-        assert!(!changed(|view| view.degraded_replica_sets = 1));
-        assert!(!changed(|view| view.unavailable_replica_sets = 1));
-        assert!(!changed(|view| view.ownerless_volumes = 1));
+        assert!(changed(|view| view.nodes[0].live = false).is_some());
+        assert!(changed(|view| view.degraded_replica_sets = 1).is_some());
+        assert!(changed(|view| view.unavailable_replica_sets = 1).is_some());
+        assert!(changed(|view| view.ownerless_volumes = 1).is_some());
+        let left = changed(|view| {
+            view.nodes.push(NodeStatus {
+                draining: true,
+                safe_to_remove: true,
+                ..NodeStatus::default()
+            });
+        });
+        assert_eq!(left, None);
     }
 }

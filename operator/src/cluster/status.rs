@@ -1,12 +1,13 @@
 //! What the status says, as a pure function of what was seen.
 
 use super::dereference::{Rollout, Unsatisfied};
-use k8s_openapi::api::core::v1::Pod;
+use super::rolling::has_left;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use lazarette_api::{
-    ConditionType, CountStatus, Finding, ReplicaSetsStatus, StorageCluster, StorageClusterStatus, human_bytes, is_true,
-    merge,
+    ConditionType, CountStatus, Finding, ReplicaSetsStatus, ScrubStatus, StorageCluster, StorageClusterStatus,
+    human_bytes, is_true, merge,
 };
 use lazarette_proto::cluster::ClusterStatus;
 
@@ -42,6 +43,8 @@ pub(super) struct Seen {
     pub pod_problems: Vec<Unsatisfied>,
     /// What the storage nodes said.
     pub view: Result<ClusterStatus, String>,
+    /// Why outdated pods are not started anew yet.
+    pub waiting: Option<String>,
     /// Set while the cluster is being deleted and may not be.
     pub hold: Option<DeletionHold>,
 }
@@ -56,7 +59,7 @@ pub(super) fn status(cluster: &StorageCluster, seen: &Seen, now: Timestamp) -> S
     let mut status = StorageClusterStatus {
         observed_generation: generation,
         conditions: merge(&old.conditions, &findings, generation, now),
-        etcd: Some(CountStatus::new(seen.etcd.ready, wanted(spec.etcd.members))),
+        etcd: own_etcd(cluster).then(|| CountStatus::new(seen.etcd.ready, wanted(spec.etcd.members))),
         storage_nodes: Some(CountStatus::new(seen.storage.ready, wanted(spec.storage_nodes.count))),
         blocking_volumes: match &seen.hold {
             Some(DeletionHold::Volumes(volumes)) => volumes.iter().take(VOLUMES_LISTED).cloned().collect(),
@@ -65,6 +68,8 @@ pub(super) fn status(cluster: &StorageCluster, seen: &Seen, now: Timestamp) -> S
         // What is known from before stays while the storage nodes cannot be asked.
         cluster_id: old.cluster_id,
         replica_sets: old.replica_sets,
+        draining: old.draining,
+        scrub: old.scrub,
         volumes: old.volumes,
         capacity: old.capacity,
         used: old.used,
@@ -78,12 +83,34 @@ pub(super) fn status(cluster: &StorageCluster, seen: &Seen, now: Timestamp) -> S
             total: view.replica_sets.into(),
             degraded: view.degraded_replica_sets.into(),
             unavailable: view.unavailable_replica_sets.into(),
+            copies_missing: view.missing_copies.into(),
+            moving: view.moving_replica_sets.into(),
+            to_copy: human_bytes(view.repair_bytes),
         });
+        let draining = view.nodes.iter().filter(|node| node.draining && !has_left(node));
+        status.draining = draining.map(|node| node.id.clone()).collect();
+        status.scrub = scrub(view);
         status.volumes = Some(view.volumes.into());
         status.capacity = Some(human_bytes(sum(|node| node.capacity_bytes)));
         status.used = Some(human_bytes(sum(|node| node.used_bytes)));
     }
     status
+}
+
+fn own_etcd(cluster: &StorageCluster) -> bool {
+    cluster.spec.etcd.external.is_none()
+}
+
+/// What all storage nodes have found; absent until one has said it.
+fn scrub(view: &ClusterStatus) -> Option<ScrubStatus> {
+    let mut reports = view.nodes.iter().filter_map(|node| node.scrub.as_ref()).peekable();
+    reports.peek()?;
+    let count = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    Some(reports.fold(ScrubStatus::default(), |sum, report| ScrubStatus {
+        damaged: sum.damaged.saturating_add(count(report.found)),
+        repaired: sum.repaired.saturating_add(count(report.repaired)),
+        lost: sum.lost.saturating_add(count(report.lost)),
+    }))
 }
 
 /// Whether the next look should come soon: something is under way or wrong.
@@ -202,21 +229,55 @@ fn progressing(cluster: &StorageCluster, seen: &Seen, available: bool) -> Findin
         );
     }
     let stopped = cluster.spec.stopped;
-    for (rollout, name) in [(seen.etcd, "etcd"), (seen.storage, "storage nodes")] {
+    let parts = [
+        (seen.etcd, "etcd", own_etcd(cluster)),
+        (seen.storage, "storage nodes", true),
+    ];
+    for (rollout, name, _) in parts.into_iter().filter(|(_, _, there)| *there) {
         if !rollout.exists || rollout.changing {
-            let message = format!("{name}: {} pods are ready, others are being changed", rollout.ready);
+            let message = match &seen.waiting {
+                Some(waiting) => format!("{name}: other pods wait, as {waiting}"),
+                None => format!("{name}: {} pods are ready, others are being changed", rollout.ready),
+            };
             return finding(true, if stopped { "Stopping" } else { "RollingOut" }, message);
         }
     }
     if stopped {
         return finding(false, "Stopped", "no pod is running".to_owned());
     }
+    let nodes = cluster.spec.storage_nodes.count;
     if !available && cluster_id(cluster).is_none() {
+        let etcd = match own_etcd(cluster) {
+            true => format!("{}/{} etcd members and ", seen.etcd.ready, cluster.spec.etcd.members),
+            false => String::new(),
+        };
         let message = format!(
-            "waiting for the first start: {}/{} etcd members and {}/{} storage nodes are ready",
-            seen.etcd.ready, cluster.spec.etcd.members, seen.storage.ready, cluster.spec.storage_nodes.count
+            "waiting for the first start: {etcd}{}/{nodes} storage nodes are ready",
+            seen.storage.ready
         );
         return finding(true, "Starting", message);
+    }
+    if let Ok(view) = &seen.view {
+        let leaving: Vec<_> = view.nodes.iter().filter(|node| node.draining).collect();
+        if !leaving.is_empty() {
+            let names: Vec<_> = leaving.iter().map(|node| node.id.as_str()).collect();
+            let sets: u32 = leaving.iter().map(|node| node.replica_sets).sum();
+            let message = format!(
+                "scaling in to {nodes} storage nodes: {} hand over {sets} copies of replica sets, {} are to be copied",
+                names.join(", "),
+                human_bytes(view.repair_bytes)
+            );
+            return finding(true, "ScalingIn", message);
+        }
+        if view.moving_replica_sets > 0 {
+            let message = format!(
+                "{} of {} replica sets are moving to other storage nodes, {} are to be copied",
+                view.moving_replica_sets,
+                view.replica_sets,
+                human_bytes(view.repair_bytes)
+            );
+            return finding(true, "Rebalancing", message);
+        }
     }
     finding(false, "AsSpecified", "all objects are as the spec asks".to_owned())
 }
@@ -236,7 +297,8 @@ fn degraded(cluster: &StorageCluster, seen: &Seen, progressing: bool) -> Finding
     let starting = progressing && cluster_id(cluster).is_none();
     if !spec.stopped && !starting {
         if let Ok(view) = &seen.view {
-            let down: Vec<_> = view.nodes.iter().filter(|n| !n.live).map(|n| n.id.as_str()).collect();
+            let down = view.nodes.iter().filter(|n| !n.live && !has_left(n));
+            let down: Vec<_> = down.map(|n| n.id.as_str()).collect();
             if !down.is_empty() {
                 problems.push((
                     "StorageNodesDown",
@@ -245,10 +307,18 @@ fn degraded(cluster: &StorageCluster, seen: &Seen, progressing: bool) -> Finding
             }
             if view.degraded_replica_sets > 0 {
                 let message = format!(
-                    "{} of {} replica sets have fewer copies than wanted",
-                    view.degraded_replica_sets, view.replica_sets
+                    "{} of {} replica sets have fewer copies than wanted: {} copies are missing, {} are to be copied",
+                    view.degraded_replica_sets,
+                    view.replica_sets,
+                    view.missing_copies,
+                    human_bytes(view.repair_bytes)
                 );
                 problems.push(("CopiesMissing", message));
+            }
+            let lost = scrub(view).map_or(0, |scrub| scrub.lost);
+            if lost > 0 {
+                let message = format!("{lost} damaged copies of data have no good copy from which to replace them");
+                problems.push(("DataDamaged", message));
             }
         }
         if let Err(error) = &seen.view {
@@ -263,7 +333,7 @@ fn degraded(cluster: &StorageCluster, seen: &Seen, progressing: bool) -> Finding
                 "storage nodes",
             ),
         ] {
-            if rollout.ready < wanted {
+            if rollout.ready < wanted && (own_etcd(cluster) || reason != "EtcdMembersDown") {
                 problems.push((reason, format!("{}/{wanted} {name} are ready", rollout.ready)));
             }
         }
@@ -296,6 +366,9 @@ fn paused(cluster: &StorageCluster) -> Finding {
 /// A pod may be unschedulable for so long, in seconds, without being a problem: claims are bound
 /// after pods are made.
 const SCHEDULING: i64 = 15;
+
+/// A pod's containers may be in the making for so long, in seconds.
+const CREATION: i64 = 90;
 
 /// What keeps pods from running, as far as Kubernetes tells.
 pub(super) fn pod_problems(pods: &[Pod], now: Timestamp) -> Vec<Unsatisfied> {
@@ -330,13 +403,23 @@ pub(super) fn pod_problems(pods: &[Pod], now: Timestamp) -> Vec<Unsatisfied> {
                 ),
             });
         }
-        for container in status.container_statuses.iter().flatten() {
+        let containers = status.init_container_statuses.iter().flatten();
+        for container in containers.chain(status.container_statuses.iter().flatten()) {
             let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
             let Some((waiting, word)) = waiting.and_then(|w| Some((w, w.reason.as_deref()?))) else {
                 continue;
             };
+            if word == "ContainerCreating"
+                && created.is_some_and(|time| now.as_second() - time.0.as_second() > CREATION)
+            {
+                problems.push(Unsatisfied {
+                    reason: "PodsNotCreated",
+                    message: format!("pod {name} waits for a volume, a Secret or an image: see its events"),
+                });
+                break;
+            }
             if let Some((_, reason)) = SERIOUS.into_iter().find(|(serious, _)| *serious == word) {
-                let text = waiting.message.as_deref().unwrap_or_default();
+                let text = last_words(container).or(waiting.message.as_deref()).unwrap_or_default();
                 problems.push(Unsatisfied {
                     reason,
                     message: format!("pod {name}: {word}: {text}"),
@@ -345,6 +428,12 @@ pub(super) fn pod_problems(pods: &[Pod], now: Timestamp) -> Vec<Unsatisfied> {
         }
     }
     problems
+}
+
+/// What a container said when it ended: the last line of its log, as the pods' templates ask for.
+fn last_words(container: &ContainerStatus) -> Option<&str> {
+    let ended = container.last_state.as_ref()?.terminated.as_ref()?;
+    ended.message.as_deref()?.lines().rfind(|line| !line.trim().is_empty())
 }
 
 #[cfg(test)]

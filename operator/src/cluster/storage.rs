@@ -1,7 +1,10 @@
 //! Asks the storage nodes about a cluster.
 
 use lazarette_proto::cluster::cluster_client::ClusterClient;
-use lazarette_proto::cluster::{ClusterStatus, GetStatusRequest, ListVolumesRequest, Volume};
+use lazarette_proto::cluster::{
+    ClusterStatus, DrainNodeRequest, ForgetNodeRequest, GetStatusRequest, ListVolumesRequest, UndrainNodeRequest,
+    Volume,
+};
 use std::future::Future;
 use std::time::Duration;
 use tonic::transport::Endpoint;
@@ -58,6 +61,36 @@ pub(super) async fn volumes(address: &str) -> Result<Vec<Volume>, StorageError> 
                 return Ok(all);
             }
         }
+    })
+    .await
+}
+
+/// Has a storage node hand over what it holds.
+pub(super) async fn drain(address: &str, node: &str) -> Result<(), StorageError> {
+    let node = node.to_owned();
+    within(address, async {
+        let answer = connect(address).await?.drain_node(DrainNodeRequest { node }).await;
+        answer.map(|_| ()).map_err(|s| rejected(address, &s))
+    })
+    .await
+}
+
+/// Lets a storage node take part again.
+pub(super) async fn undrain(address: &str, node: &str) -> Result<(), StorageError> {
+    let node = node.to_owned();
+    within(address, async {
+        let answer = connect(address).await?.undrain_node(UndrainNodeRequest { node }).await;
+        answer.map(|_| ()).map_err(|s| rejected(address, &s))
+    })
+    .await
+}
+
+/// Strikes a storage node that is gone off the list.
+pub(super) async fn forget(address: &str, node: &str) -> Result<(), StorageError> {
+    let node = node.to_owned();
+    within(address, async {
+        let answer = connect(address).await?.forget_node(ForgetNodeRequest { node }).await;
+        answer.map(|_| ()).map_err(|s| rejected(address, &s))
     })
     .await
 }

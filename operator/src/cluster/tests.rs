@@ -39,7 +39,7 @@ pub(crate) fn host_path_sample() -> StorageCluster {
             path: "/var/lib/lazarette".to_owned(),
         }),
     };
-    cluster.spec.etcd.storage = storage.clone();
+    cluster.spec.etcd.storage = Some(storage.clone());
     cluster.spec.storage_nodes.storage = storage;
     cluster
 }

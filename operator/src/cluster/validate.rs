@@ -3,9 +3,10 @@
 //! operator.
 
 use super::Defaults;
+use super::build::Component;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
-use lazarette_api::{StorageCluster, StorageClusterSpec, StorageSource};
+use lazarette_api::{ExternalEtcd, RepairSpec, StorageCluster, StorageClusterSpec, StorageSource};
 use lazarette_types::ReplicationPolicy;
 use std::collections::BTreeMap;
 
@@ -34,6 +35,30 @@ pub enum Invalid {
     /// None or both of the kinds of storage.
     #[error("{0} must have exactly one of volumeClaimTemplate and hostPath: set one and remove the other")]
     Storage(&'static str),
+    /// None or both of the kinds of etcd.
+    #[error(
+        "spec.etcd must have exactly one of storage, for an etcd of its own, and external: set one and remove the other"
+    )]
+    Etcd,
+    /// An endpoint that cannot be used.
+    #[error("spec.etcd.external.endpoints has {0:?}: use {1}host:port")]
+    Endpoint(String, &'static str),
+    /// No endpoint at all.
+    #[error("spec.etcd.external.endpoints is empty: name the members")]
+    NoEndpoint,
+    /// Half of a pair of certificate and key.
+    #[error("spec.etcd.external.tls needs both certificate and privateKey, or none: set or remove the other one")]
+    TlsPair,
+    /// Not a duration or rate.
+    #[error("spec.repair.{field} is {value:?}: use such as {example}")]
+    Repair {
+        /// The field.
+        field: &'static str,
+        /// As given.
+        value: String,
+        /// What would do.
+        example: &'static str,
+    },
     /// A claim without a size.
     #[error("{0}.volumeClaimTemplate.spec.resources.requests.storage is missing: set it, such as 100Gi")]
     ClaimSize(&'static str),
@@ -71,8 +96,37 @@ pub struct ValidCluster {
     pub spec: StorageClusterSpec,
     /// Image of the storage nodes.
     pub image: String,
-    /// Image of etcd.
-    pub etcd_image: String,
+    /// Where the metadata is.
+    pub etcd: Etcd,
+    /// Limits of repair and scrubbing.
+    pub repair: Repair,
+}
+
+/// The etcd of a storage cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Etcd {
+    /// The operator runs it.
+    Own {
+        /// Its image.
+        image: String,
+        /// Where each member keeps its data.
+        storage: Box<StorageSource>,
+    },
+    /// Others look after it.
+    External(ExternalEtcd),
+}
+
+/// Limits of repair and scrubbing, as storage nodes take them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repair {
+    /// As given.
+    pub replace_after: String,
+    /// MiB a second.
+    pub rate: u32,
+    /// MiB a second; 0: nothing is verified.
+    pub scrub_rate: u32,
+    /// As given.
+    pub scrub_every: String,
 }
 
 impl ValidCluster {
@@ -84,6 +138,14 @@ impl ValidCluster {
     /// The StatefulSet of etcd and its Service.
     pub fn etcd_name(&self) -> String {
         format!("{}-etcd", self.name)
+    }
+
+    /// The parts that the operator runs.
+    pub fn components(&self) -> &'static [Component] {
+        match self.etcd {
+            Etcd::Own { .. } => &[Component::Etcd, Component::Storage],
+            Etcd::External(_) => &[Component::Storage],
+        }
     }
 }
 
@@ -108,21 +170,18 @@ pub fn validate(cluster: &StorageCluster, defaults: &Defaults) -> Result<ValidCl
         Ok(_) if copies > count => mistakes.push(Invalid::Copies { copies, count }),
         Ok(_) => {}
     }
+    let own = spec.etcd.storage.as_ref();
     let roles = [
-        (
-            "spec.etcd",
-            "spec.etcd.storage",
-            &spec.etcd.storage,
-            &spec.etcd.placement,
-        ),
+        ("spec.etcd", "spec.etcd.storage", own, &spec.etcd.placement),
         (
             "spec.storageNodes",
             "spec.storageNodes.storage",
-            &spec.storage_nodes.storage,
+            Some(&spec.storage_nodes.storage),
             &spec.storage_nodes.placement,
         ),
     ];
     for (role, field, storage, placement) in roles {
+        let Some(storage) = storage else { continue };
         check_storage(field, storage, &mut mistakes);
         let node_affinity = placement.affinity.as_ref().and_then(|a| a.node_affinity.as_ref());
         if storage.host_path.is_some() && node_affinity.is_some() {
@@ -130,13 +189,11 @@ pub fn validate(cluster: &StorageCluster, defaults: &Defaults) -> Result<ValidCl
         }
     }
     let image = spec.image.clone().or_else(|| defaults.image.clone());
-    let etcd_image = spec.etcd.image.clone().or_else(|| defaults.etcd_image.clone());
     if image.is_none() {
         mistakes.push(Invalid::Image("spec.image"));
     }
-    if etcd_image.is_none() {
-        mistakes.push(Invalid::Image("spec.etcd.image"));
-    }
+    let etcd = etcd(spec, defaults, &mut mistakes);
+    let repair = repair(&spec.repair, &mut mistakes);
     let owner = cluster.controller_owner_ref(&()).map(|owner| OwnerReference {
         // With it, a foreground deletion would take the objects away while the finalizer still
         // holds the cluster because of its volumes.
@@ -152,18 +209,119 @@ pub fn validate(cluster: &StorageCluster, defaults: &Defaults) -> Result<ValidCl
             mistakes.push(Invalid::Metadata(field));
         }
     }
-    match (image, etcd_image, owner) {
-        (Some(image), Some(etcd_image), Some(owner)) if mistakes.is_empty() => Ok(ValidCluster {
+    match (image, etcd, repair, owner) {
+        (Some(image), Some(etcd), Some(repair), Some(owner)) if mistakes.is_empty() => Ok(ValidCluster {
             name: cluster.name_any(),
             namespace: cluster.namespace().unwrap_or_default(),
             uid: owner.uid.clone(),
             owner,
             spec: spec.clone(),
             image,
-            etcd_image,
+            etcd,
+            repair,
         }),
         _ => Err(mistakes),
     }
+}
+
+fn etcd(spec: &StorageClusterSpec, defaults: &Defaults, mistakes: &mut Vec<Invalid>) -> Option<Etcd> {
+    match (&spec.etcd.storage, &spec.etcd.external) {
+        (Some(storage), None) => {
+            let image = spec.etcd.image.clone().or_else(|| defaults.etcd_image.clone());
+            if image.is_none() {
+                mistakes.push(Invalid::Image("spec.etcd.image"));
+            }
+            Some(Etcd::Own {
+                image: image?,
+                storage: Box::new(storage.clone()),
+            })
+        }
+        (None, Some(external)) => {
+            let scheme = if external.tls.is_some() { "https://" } else { "http://" };
+            if external.endpoints.is_empty() {
+                mistakes.push(Invalid::NoEndpoint);
+            }
+            for endpoint in &external.endpoints {
+                if !is_endpoint(endpoint, scheme) {
+                    mistakes.push(Invalid::Endpoint(endpoint.clone(), scheme));
+                }
+            }
+            let tls = external.tls.as_ref();
+            if tls.is_some_and(|tls| tls.certificate.is_some() != tls.private_key.is_some()) {
+                mistakes.push(Invalid::TlsPair);
+            }
+            Some(Etcd::External(external.clone()))
+        }
+        _ => {
+            mistakes.push(Invalid::Etcd);
+            None
+        }
+    }
+}
+
+fn is_endpoint(endpoint: &str, scheme: &str) -> bool {
+    let port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    let parts = endpoint.strip_prefix(scheme).and_then(|rest| rest.rsplit_once(':'));
+    // A comma would end the endpoint where it is passed on.
+    parts.is_some_and(|(host, given)| port(given) && !host.is_empty() && !host.contains(['/', ',', ' ']))
+}
+
+fn repair(spec: &RepairSpec, mistakes: &mut Vec<Invalid>) -> Option<Repair> {
+    // A new field must be handled here.
+    let RepairSpec {
+        replace_after,
+        bandwidth,
+        scrub_bandwidth,
+        scrub_interval,
+    } = spec;
+    let mut bad = |field, value: &str, example| {
+        mistakes.push(Invalid::Repair {
+            field,
+            value: value.to_owned(),
+            example,
+        });
+    };
+    for (field, value, example) in [
+        ("replaceAfter", replace_after, "10m"),
+        ("scrubInterval", scrub_interval, "7d"),
+    ] {
+        if !is_duration(value) {
+            bad(field, value, example);
+        }
+    }
+    let rate = mebibytes(bandwidth).filter(|rate| *rate > 0);
+    if rate.is_none() {
+        bad("bandwidth", bandwidth, "200Mi");
+    }
+    let scrub_rate = mebibytes(scrub_bandwidth);
+    if scrub_rate.is_none() {
+        bad("scrubBandwidth", scrub_bandwidth, "16Mi");
+    }
+    Some(Repair {
+        replace_after: replace_after.clone(),
+        rate: rate?,
+        scrub_rate: scrub_rate?,
+        scrub_every: scrub_interval.clone(),
+    })
+}
+
+fn is_duration(text: &str) -> bool {
+    let number = text.strip_suffix(['s', 'm', 'h', 'd']);
+    number.is_some_and(|number| number.parse::<u32>().is_ok_and(|number| number > 0) && !number.starts_with('+'))
+}
+
+/// MiB of `200Mi`, `1Gi` or `0`.
+fn mebibytes(text: &str) -> Option<u32> {
+    let (number, factor) = match (text.strip_suffix("Mi"), text.strip_suffix("Gi")) {
+        (Some(number), _) => (number, 1),
+        (None, Some(number)) => (number, 1024),
+        (None, None) if text == "0" => ("0", 1),
+        (None, None) => return None,
+    };
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    number.parse::<u32>().ok()?.checked_mul(factor)
 }
 
 fn check_storage(field: &'static str, storage: &StorageSource, mistakes: &mut Vec<Invalid>) {
@@ -233,20 +391,92 @@ mod tests {
         let field =
             "spec.etcd.storage must have exactly one of volumeClaimTemplate and hostPath: set one and remove the other";
         let host = HostPathSource { path: "/x".to_owned() };
-        assert_eq!(mistakes(|c| c.spec.etcd.storage.host_path = Some(host)), [field]);
-        assert_eq!(mistakes(|c| c.spec.etcd.storage = StorageSource::default()), [field]);
+        assert_eq!(
+            mistakes(|c| c.spec.etcd.storage.as_mut().unwrap().host_path = Some(host)),
+            [field]
+        );
+        assert_eq!(
+            mistakes(|c| c.spec.etcd.storage = Some(StorageSource::default())),
+            [field]
+        );
         let up = HostPathSource {
             path: "/x/../y".to_owned(),
         };
         let got = mistakes(|c| {
-            c.spec.etcd.storage = StorageSource {
+            c.spec.etcd.storage = Some(StorageSource {
                 volume_claim_template: None,
                 host_path: Some(up),
-            };
+            });
         });
         assert_eq!(
             got,
             ["spec.etcd.storage.hostPath.path is \"/x/../y\": use an absolute path without '..'"]
+        );
+    }
+
+    #[test]
+    fn etcd_is_its_own_or_external() {
+        let external = |value: serde_json::Value| {
+            mistakes(|c| {
+                c.spec.etcd.storage = None;
+                c.spec.etcd.external = Some(serde_json::from_value(value).unwrap());
+            })
+        };
+        let secret = serde_json::json!({"secretName": "etcd", "key": "x"});
+        assert_eq!(
+            external(serde_json::json!({"endpoints": ["http://etcd:2379"]})),
+            Vec::<String>::new()
+        );
+        let good = serde_json::json!({"endpoints": ["https://[::1]:2379"], "tls": {"ca": secret}});
+        assert_eq!(external(good), Vec::<String>::new());
+        assert_eq!(
+            external(serde_json::json!({"endpoints": ["https://a:1", "http://a,b:1", "http://a", "http://a:0"]})),
+            [
+                "spec.etcd.external.endpoints has \"https://a:1\": use http://host:port",
+                "spec.etcd.external.endpoints has \"http://a,b:1\": use http://host:port",
+                "spec.etcd.external.endpoints has \"http://a\": use http://host:port",
+                "spec.etcd.external.endpoints has \"http://a:0\": use http://host:port",
+            ]
+        );
+        let half = serde_json::json!({"endpoints": [], "tls": {"ca": secret, "privateKey": secret}});
+        assert_eq!(
+            external(half),
+            [
+                "spec.etcd.external.endpoints is empty: name the members",
+                "spec.etcd.external.tls needs both certificate and privateKey, or none: set or remove the other one",
+            ]
+        );
+        let neither = "spec.etcd must have exactly one of storage, for an etcd of its own, and external: \
+                       set one and remove the other";
+        assert_eq!(mistakes(|c| c.spec.etcd.storage = None), [neither]);
+        assert_eq!(
+            mistakes(|c| c.spec.etcd.external = Some(ExternalEtcd::default())),
+            [neither]
+        );
+    }
+
+    #[test]
+    fn limits_of_repair_are_read() {
+        let mut cluster = sample();
+        cluster.spec.repair.bandwidth = "2Gi".to_owned();
+        cluster.spec.repair.scrub_bandwidth = "0".to_owned();
+        let valid = validate(&cluster, &defaults()).unwrap();
+        assert_eq!((valid.repair.rate, valid.repair.scrub_rate), (2048, 0));
+        assert_eq!(
+            mistakes(|c| {
+                c.spec.repair = RepairSpec {
+                    replace_after: "soon".to_owned(),
+                    bandwidth: "0Mi".to_owned(),
+                    scrub_bandwidth: "+1Mi".to_owned(),
+                    scrub_interval: "0d".to_owned(),
+                };
+            }),
+            [
+                "spec.repair.replaceAfter is \"soon\": use such as 10m",
+                "spec.repair.scrubInterval is \"0d\": use such as 7d",
+                "spec.repair.bandwidth is \"0Mi\": use such as 200Mi",
+                "spec.repair.scrubBandwidth is \"+1Mi\": use such as 16Mi",
+            ]
         );
     }
 

@@ -202,3 +202,21 @@ async fn only_the_node_parts_are_privileged() {
     }
     assert_eq!(seen, 6);
 }
+
+#[tokio::test]
+async fn no_right_is_a_wildcard() {
+    let mut roles = 0;
+    for object in rendered().await {
+        let Some(rules) = object["rules"].as_array() else {
+            continue;
+        };
+        roles += 1;
+        for rule in rules {
+            for field in ["apiGroups", "resources", "verbs"] {
+                let values = rule[field].as_array().unwrap();
+                assert!(!values.is_empty() && !values.contains(&"*".into()), "{rule}");
+            }
+        }
+    }
+    assert_eq!(roles, 4);
+}

@@ -29,11 +29,14 @@ async fn a_short_spec_gets_defaults() {
     assert_eq!(spec.image_pull_policy, "IfNotPresent");
     assert_eq!(spec.storage_nodes.failure_domain_label, "kubernetes.io/hostname");
     assert!(!spec.paused && !spec.stopped);
+    assert_eq!(spec.repair, lazarette_api::RepairSpec::default());
 }
 
 #[tokio::test]
 async fn bad_specs_are_refused_with_field_and_remedy() {
     let world = World::new().await;
+    let secret = json!({"secretName": "etcd", "key": "x"});
+    let external = |external: Value| json!({"spec": {"etcd": {"storage": null, "external": external}}});
     let host = |path: &str| json!({"storage": {"volumeClaimTemplate": null, "hostPath": {"path": path}}});
     let cases = [
         (
@@ -70,7 +73,55 @@ async fn bad_specs_are_refused_with_field_and_remedy() {
         ),
         (
             json!({"spec": {"etcd": {"storage": null}}}),
-            "spec.etcd.storage: Required value",
+            "spec.etcd must have exactly one of storage, for an etcd of its own, and external",
+        ),
+        (
+            json!({"spec": {"etcd": {"external": {"endpoints": ["http://etcd:2379"]}}}}),
+            "spec.etcd must have exactly one of storage, for an etcd of its own, and external",
+        ),
+        (
+            external(json!({"endpoints": []})),
+            "spec.etcd.external.endpoints in body should have at least 1 items",
+        ),
+        (
+            external(json!({"endpoints": ["etcd:2379"]})),
+            "spec.etcd.external.endpoints must each be http:// or https:// with host and port",
+        ),
+        (
+            external(json!({"endpoints": ["https://etcd:2379"]})),
+            "spec.etcd.external.endpoints must all begin with https:// if tls is set, and with http:// if not",
+        ),
+        (
+            external(json!({"endpoints": ["http://etcd:2379"], "tls": {"ca": secret}})),
+            "spec.etcd.external.endpoints must all begin with https:// if tls is set, and with http:// if not",
+        ),
+        (
+            external(json!({"endpoints": ["https://etcd:2379"], "tls": {"ca": secret, "certificate": secret}})),
+            "spec.etcd.external.tls needs both certificate and privateKey, or none",
+        ),
+        (
+            {
+                let mut change = external(json!({"endpoints": ["http://etcd:2379"]}));
+                change["spec"]["etcd"]["nodeSelector"] = json!({"a": "b"});
+                change
+            },
+            "are of an etcd that the operator runs: remove them, or spec.etcd.external",
+        ),
+        (
+            json!({"spec": {"repair": {"replaceAfter": "soon"}}}),
+            "spec.repair.replaceAfter must be a whole number of s, m, h or d: use such as 10m",
+        ),
+        (
+            json!({"spec": {"repair": {"bandwidth": "0"}}}),
+            "spec.repair.bandwidth must be a whole number of Mi or Gi: use such as 200Mi",
+        ),
+        (
+            json!({"spec": {"repair": {"scrubBandwidth": "16MB"}}}),
+            "spec.repair.scrubBandwidth must be 0 or a whole number of Mi or Gi: use such as 16Mi",
+        ),
+        (
+            json!({"spec": {"repair": {"scrubInterval": "0d"}}}),
+            "spec.repair.scrubInterval must be a whole number of s, m, h or d: use such as 7d",
         ),
         (
             json!({"spec": {"storageNodes": {"storage": {"volumeClaimTemplate": {"spec": {"resources": null}}}}}}),
@@ -141,12 +192,22 @@ async fn what_cannot_change_stays() {
         (
             "fixed",
             json!({"spec": {"etcd": {"members": 1}}}),
-            "spec.etcd.members cannot be changed",
+            "spec.etcd.members cannot be lowered",
         ),
         (
             "fixed",
-            json!({"spec": {"storageNodes": {"count": 2}, "replication": {"copies": 2}}}),
-            "spec.storageNodes.count cannot be lowered",
+            json!({"spec": {"storageNodes": {"count": 2}}}),
+            "spec.replication.copies is more than there are storage nodes",
+        ),
+        (
+            "fixed",
+            json!({"spec": {"storageNodes": {"count": 2}, "replication": {"copies": 2}, "stopped": true}}),
+            "spec.storageNodes.count cannot be lowered while spec.stopped is set: set stopped to false first",
+        ),
+        (
+            "fixed",
+            json!({"spec": {"etcd": {"storage": null, "external": {"endpoints": ["http://etcd:2379"]}}}}),
+            "spec.etcd cannot change between an etcd of its own and an external one",
         ),
         (
             "fixed",
@@ -172,6 +233,50 @@ async fn what_cannot_change_stays() {
         let refused = world.patch(name, change).await.unwrap_err();
         assert!(refused.contains(expected), "{expected}: {refused}");
     }
-    let change = json!({"spec": {"storageNodes": {"count": 5}, "replication": {"ack": 3}, "stopped": true}});
+    let change = json!({"spec": {"storageNodes": {"count": 5}, "replication": {"ack": 3}}});
     world.patch("fixed", change).await.unwrap();
+    let change = json!({"spec": {"storageNodes": {"count": 4}, "repair": {"replaceAfter": "1h"}}});
+    world.patch("fixed", change).await.unwrap();
+    let mut one = sample("one");
+    one["spec"]["etcd"]["members"] = json!(1);
+    world.create(&one).await.unwrap();
+    world
+        .patch("one", json!({"spec": {"etcd": {"members": 3}, "stopped": true}}))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn kubectl_get_shows_the_columns() {
+    let world = World::new().await;
+    world.storage.healthy(&["v1"]);
+    let context = world.start(&sample("demo")).await;
+    world.make_ready("demo").await;
+    world.reconcile(&context, "demo").await.unwrap();
+    let url = format!(
+        "/apis/lazarette.io/v1alpha1/namespaces/{}/storageclusters/demo",
+        world.namespace
+    );
+    let request = tonic::codegen::http::Request::get(url)
+        .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+        .body(Vec::new())
+        .unwrap();
+    let table: Value = world.client.request(request).await.unwrap();
+    let names = table["columnDefinitions"].as_array().unwrap().iter();
+    let cells = table["rows"][0]["cells"].as_array().unwrap();
+    let shown: Vec<_> = names
+        .map(|column| column["name"].as_str().unwrap())
+        .zip(cells)
+        .collect();
+    for expected in [
+        ("Name", json!("demo")),
+        ("Available", json!("True")),
+        ("Nodes", json!("3/3")),
+        ("Volumes", json!(1)),
+        ("Capacity", json!("30Gi")),
+        ("Used", json!("3Gi")),
+        ("Missing", json!(0)),
+    ] {
+        assert!(shown.contains(&(expected.0, &expected.1)), "{expected:?}: {shown:?}");
+    }
 }

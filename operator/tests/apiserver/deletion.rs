@@ -30,7 +30,7 @@ async fn volumes_hold_it_until_they_are_gone() {
     let status = world.clusters().get("demo").await.unwrap().status.unwrap();
     assert_eq!(status.blocking_volumes, ["v1"]);
     // All objects stay, and volumes are served.
-    assert_eq!(world.versions().await.len(), 10);
+    assert_eq!(world.versions().await.len(), 11);
     assert_eq!(world.condition("demo", Available).await.0, "True:VolumesServed");
     let events = world.events("demo").await;
     assert!(events.contains(&"Warning DeletionBlocked".to_owned()), "{events:?}");

@@ -10,6 +10,7 @@
 mod chart;
 mod control_plane;
 mod crd;
+mod day_two;
 mod deletion;
 mod etcd;
 mod leader;

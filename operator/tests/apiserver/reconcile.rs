@@ -2,13 +2,14 @@
 
 use crate::world::{World, sample};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{PersistentVolume, Pod, Service};
+use k8s_openapi::api::core::v1::{PersistentVolume, Service};
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use lazarette_api::ConditionType::{Available, Degraded, Paused, Progressing};
 use serde_json::{Value, json};
 
-const OBJECTS: [&str; 10] = [
+const OBJECTS: [&str; 11] = [
+    "ConfigMap/demo-etcd",
     "NetworkPolicy/demo-etcd",
     "PodDisruptionBudget/demo-etcd",
     "PodDisruptionBudget/demo-storage",
@@ -24,13 +25,8 @@ const OBJECTS: [&str; 10] = [
 #[tokio::test]
 async fn a_second_reconciliation_changes_nothing() {
     let world = World::new().await;
-    world.create(&sample("demo")).await.unwrap();
     world.storage.healthy(&["v1"]);
-    let context = world.context();
-    // The first adds the finalizer, the second the objects, the third sees them ready.
-    for _ in 0..2 {
-        world.reconcile(&context, "demo").await.unwrap();
-    }
+    let context = world.start(&sample("demo")).await;
     world.make_ready("demo").await;
     world.reconcile(&context, "demo").await.unwrap();
     let before = world.versions().await;
@@ -40,23 +36,14 @@ async fn a_second_reconciliation_changes_nothing() {
     assert_eq!(world.versions().await, before);
 }
 
-/// The sample on the nodes that [`World::create_nodes`] makes.
-fn on_own_nodes(world: &World) -> Value {
-    let mut cluster = sample("demo");
-    for role in ["etcd", "storageNodes"] {
-        cluster["spec"][role]["nodeSelector"] = json!({"test": world.namespace});
-    }
-    cluster
-}
-
 #[tokio::test]
 async fn from_creation_to_available_to_degraded_and_back() {
     let world = World::new().await;
     let operator = world.operate();
-    world.create(&on_own_nodes(&world)).await.unwrap();
+    world.create(&world.on_own_nodes()).await.unwrap();
     world.wait_condition("demo", Available, "False:Starting").await;
     world.wait_condition("demo", Degraded, "True:NotEnoughNodes").await;
-    world.create_nodes().await;
+    world.create_nodes(3).await;
     world.make_ready("demo").await;
     world.storage.healthy(&["v1", "v2"]);
     world.wait_condition("demo", Available, "True:VolumesServed").await;
@@ -66,6 +53,9 @@ async fn from_creation_to_available_to_degraded_and_back() {
     assert_eq!(status.storage_nodes.unwrap().summary, "3/3");
     assert_eq!((status.volumes, status.capacity.as_deref()), (Some(2), Some("30Gi")));
     assert_eq!(status.observed_generation, Some(1));
+    for condition in &status.conditions {
+        assert_eq!(condition.observed_generation, Some(1), "{condition:?}");
+    }
 
     world.storage.set(|answers| {
         let status = answers.status.as_mut().unwrap();
@@ -123,6 +113,9 @@ async fn drift_is_corrected_and_orphans_go() {
         let created = services.create(&PostParams::default(), &service(name, uid)).await;
         created.unwrap();
     }
+    // Nobody goes of whom nobody knows what is on it.
+    world.storage.nodes(3);
+    world.make_pod("storage", 0, "r0", true).await;
     world.reconcile(&context, "demo").await.unwrap();
     let replicas = sets.get("demo-storage").await.unwrap().spec.unwrap().replicas;
     assert_eq!(replicas, Some(3));
@@ -179,11 +172,7 @@ async fn paused_changes_nothing_and_stopped_ends_pods() {
     let world = World::new().await;
     let mut cluster = sample("demo");
     cluster["spec"]["paused"] = json!(true);
-    world.create(&cluster).await.unwrap();
-    let context = world.context();
-    for _ in 0..2 {
-        world.reconcile(&context, "demo").await.unwrap();
-    }
+    let context = world.start(&cluster).await;
     assert_eq!(world.versions().await.len(), 1);
     assert_eq!(world.condition("demo", Paused).await.0, "True:Paused");
 
@@ -197,63 +186,6 @@ async fn paused_changes_nothing_and_stopped_ends_pods() {
     }
     assert_eq!(world.condition("demo", Available).await.0, "False:Stopped");
     assert_eq!(world.condition("demo", Paused).await.0, "True:Stopped");
-}
-
-#[tokio::test]
-async fn storage_nodes_are_renewed_one_by_one_while_all_copies_are_there() {
-    let world = World::new().await;
-    world.create(&sample("demo")).await.unwrap();
-    let context = world.context();
-    for _ in 0..2 {
-        world.reconcile(&context, "demo").await.unwrap();
-    }
-    world.make_ready("demo").await;
-    let pods = world.api::<Pod>();
-    let create = async |ordinal: u32, revision: &str| {
-        let name = format!("demo-storage-{ordinal}");
-        let mut labels = lazarette_api::component_labels("demo", "storage-node");
-        labels.insert("controller-revision-hash".to_owned(), revision.to_owned());
-        let pod: Pod = serde_json::from_value(json!({
-            "metadata": {"name": name, "labels": labels},
-            "spec": {"containers": [{"name": "storage-node", "image": "x"}], "terminationGracePeriodSeconds": 0},
-        }))
-        .unwrap();
-        pods.create(&PostParams::default(), &pod).await.unwrap();
-        let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
-        pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(ready))
-            .await
-            .unwrap();
-    };
-    let names = async || -> Vec<String> {
-        let pods = pods.list_metadata(&ListParams::default()).await.unwrap();
-        pods.iter().map(ResourceExt::name_any).collect()
-    };
-    for ordinal in 0..3 {
-        create(ordinal, "r0").await;
-    }
-    // r1 is what `make_ready` writes as the new revision. A copy is missing: nobody goes.
-    world.storage.healthy(&["v1"]);
-    world
-        .storage
-        .set(|answers| answers.status.as_mut().unwrap().degraded_replica_sets = 1);
-    world.reconcile(&context, "demo").await.unwrap();
-    assert_eq!(names().await.len(), 3);
-
-    world.storage.healthy(&["v1"]);
-    world.reconcile(&context, "demo").await.unwrap();
-    assert_eq!(names().await, ["demo-storage-0", "demo-storage-1"]);
-    // Until it is back, the others stay.
-    world.reconcile(&context, "demo").await.unwrap();
-    assert_eq!(names().await, ["demo-storage-0", "demo-storage-1"]);
-
-    create(2, "r1").await;
-    world.reconcile(&context, "demo").await.unwrap();
-    assert_eq!(names().await, ["demo-storage-0", "demo-storage-2"]);
-    let events = world.events("demo").await;
-    assert!(
-        events.contains(&"Normal StorageNodeRestarting".to_owned()),
-        "{events:?}"
-    );
 }
 
 #[tokio::test]
@@ -284,16 +216,12 @@ async fn what_only_the_cluster_can_tell_is_told() {
 #[tokio::test]
 async fn folders_are_tied_to_nodes_by_persistent_volumes() {
     let world = World::new().await;
-    let nodes = world.create_nodes().await;
-    let mut cluster = on_own_nodes(&world);
+    let nodes = world.create_nodes(3).await;
+    let mut cluster = world.on_own_nodes();
     for role in ["etcd", "storageNodes"] {
         cluster["spec"][role]["storage"] = json!({"hostPath": {"path": "/data"}});
     }
-    world.create(&cluster).await.unwrap();
-    let context = world.context();
-    for _ in 0..2 {
-        world.reconcile(&context, "demo").await.unwrap();
-    }
+    let context = world.start(&cluster).await;
     let volumes: Api<PersistentVolume> = Api::all(world.client.clone());
     let of_cluster = ListParams::default().labels(&format!("lazarette.io/namespace={}", world.namespace));
     let list = async || -> Vec<Value> {

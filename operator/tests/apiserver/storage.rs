@@ -14,6 +14,18 @@ use tonic::{Request, Response, Status};
 pub(crate) struct Answers {
     pub(crate) status: Option<ClusterStatus>,
     pub(crate) volumes: Option<Vec<Volume>>,
+    /// Why no node may leave.
+    pub(crate) refusal: Option<String>,
+    /// What was asked about nodes, such as `drain demo-storage-3`.
+    pub(crate) asked: Vec<String>,
+}
+
+impl Answers {
+    /// Changes what is said of a node.
+    pub(crate) fn node(&mut self, id: &str, change: impl FnOnce(&mut NodeStatus)) {
+        let mut nodes = self.status.iter_mut().flat_map(|status| &mut status.nodes);
+        change(nodes.find(|node| node.id == id).unwrap());
+    }
 }
 
 /// A server on a port of its own, until it is dropped.
@@ -47,6 +59,26 @@ impl FakeStorage {
 
     pub(crate) fn set(&self, change: impl FnOnce(&mut Answers)) {
         change(&mut self.answers.lock().unwrap());
+    }
+
+    /// What was asked about nodes since the last time.
+    pub(crate) fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.answers.lock().unwrap().asked)
+    }
+
+    /// Live storage nodes of the StorageCluster `demo`.
+    pub(crate) fn nodes(&self, count: u32) {
+        self.healthy(&["v1"]);
+        self.set(|answers| {
+            let status = answers.status.as_mut().unwrap();
+            let node = status.nodes[0].clone();
+            status.nodes = (0..count)
+                .map(|ordinal| NodeStatus {
+                    id: format!("demo-storage-{ordinal}"),
+                    ..node.clone()
+                })
+                .collect();
+        });
     }
 
     /// Three live storage nodes with these volumes.
@@ -122,6 +154,37 @@ impl Cluster for Service {
 
     async fn get_volume(&self, _: Request<GetVolumeRequest>) -> Result<Response<Volume>, Status> {
         unused()
+    }
+
+    async fn drain_node(&self, request: Request<DrainNodeRequest>) -> Result<Response<DrainNodeResponse>, Status> {
+        let node = request.into_inner().node;
+        let mut answers = self.0.lock().unwrap();
+        answers.asked.push(format!("drain {node}"));
+        if let Some(reason) = &answers.refusal {
+            return Err(Status::resource_exhausted(reason.clone()));
+        }
+        answers.node(&node, |node| node.draining = true);
+        Ok(Response::new(DrainNodeResponse {}))
+    }
+
+    async fn undrain_node(
+        &self,
+        request: Request<UndrainNodeRequest>,
+    ) -> Result<Response<UndrainNodeResponse>, Status> {
+        let node = request.into_inner().node;
+        let mut answers = self.0.lock().unwrap();
+        answers.asked.push(format!("undrain {node}"));
+        answers.node(&node, |node| (node.draining, node.safe_to_remove) = (false, false));
+        Ok(Response::new(UndrainNodeResponse {}))
+    }
+
+    async fn forget_node(&self, request: Request<ForgetNodeRequest>) -> Result<Response<ForgetNodeResponse>, Status> {
+        let node = request.into_inner().node;
+        let mut answers = self.0.lock().unwrap();
+        answers.asked.push(format!("forget {node}"));
+        let status = answers.status.as_mut().unwrap();
+        status.nodes.retain(|one| one.id != node);
+        Ok(Response::new(ForgetNodeResponse {}))
     }
 
     async fn get_map(&self, _: Request<GetMapRequest>) -> Result<Response<VolumeMap>, Status> {

@@ -4,7 +4,7 @@ use crate::chart;
 use crate::control_plane::ControlPlane;
 use crate::storage::FakeStorage;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{ListParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -148,7 +148,7 @@ impl World {
 
     /// Names and resource versions of everything that the operator may have written.
     pub(crate) async fn versions(&self) -> BTreeMap<String, String> {
-        use k8s_openapi::api::core::v1::{Service, ServiceAccount};
+        use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
         use k8s_openapi::api::networking::v1::NetworkPolicy;
         use k8s_openapi::api::policy::v1::PodDisruptionBudget;
         let mut versions = BTreeMap::new();
@@ -164,6 +164,7 @@ impl World {
         add!(
             StorageCluster,
             StatefulSet,
+            ConfigMap,
             Service,
             ServiceAccount,
             NetworkPolicy,
@@ -172,11 +173,20 @@ impl World {
         versions
     }
 
-    /// Makes three ready Kubernetes nodes for this test alone: they have the label `test` with the
+    /// The sample on the nodes that [`World::create_nodes`] makes.
+    pub(crate) fn on_own_nodes(&self) -> Value {
+        let mut cluster = sample("demo");
+        for role in ["etcd", "storageNodes"] {
+            cluster["spec"][role]["nodeSelector"] = json!({"test": self.namespace});
+        }
+        cluster
+    }
+
+    /// Makes ready Kubernetes nodes for this test alone: they have the label `test` with the
     /// namespace's name.
-    pub(crate) async fn create_nodes(&self) -> Vec<String> {
+    pub(crate) async fn create_nodes(&self, count: u32) -> Vec<String> {
         let nodes: Api<Node> = Api::all(self.client.clone());
-        let names: Vec<_> = (1..=3).map(|n| format!("{}-node-{n}", self.namespace)).collect();
+        let names: Vec<_> = (1..=count).map(|n| format!("{}-node-{n}", self.namespace)).collect();
         for name in &names {
             let node: Node = serde_json::from_value(json!({"metadata": {
                 "name": name,
@@ -212,6 +222,49 @@ impl World {
         sets.patch_status(name, &PatchParams::default(), &Patch::Merge(status))
             .await
             .unwrap();
+    }
+
+    /// Plays the StatefulSet controller: makes a pod of a component, created a moment or long ago.
+    pub(crate) async fn make_pod(&self, component: &str, ordinal: u32, revision: &str, ready: bool) {
+        let pods = self.api::<Pod>();
+        let label = if component == "storage" {
+            "storage-node"
+        } else {
+            component
+        };
+        let name = format!("demo-{component}-{ordinal}");
+        let mut labels = lazarette_api::component_labels("demo", label);
+        labels.insert("controller-revision-hash".to_owned(), revision.to_owned());
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": labels},
+            "spec": {"containers": [{"name": "main", "image": "x"}], "terminationGracePeriodSeconds": 0},
+        }))
+        .unwrap();
+        pods.create(&PostParams::default(), &pod).await.unwrap();
+        let status = if ready { "True" } else { "False" };
+        let status = json!({"status": {"conditions": [{"type": "Ready", "status": status}]}});
+        pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+            .await
+            .unwrap();
+    }
+
+    pub(crate) async fn pod_names(&self) -> Vec<String> {
+        let pods = self.api::<Pod>().list_metadata(&ListParams::default()).await.unwrap();
+        pods.iter().map(ResourceExt::name_any).collect()
+    }
+
+    /// Reconciles a new StorageCluster `demo`: the first time adds the finalizer, the second the objects.
+    pub(crate) async fn start(&self, cluster: &Value) -> Arc<Context> {
+        self.create(cluster).await.unwrap();
+        let context = self.context();
+        for _ in 0..2 {
+            self.reconcile(&context, "demo").await.unwrap();
+        }
+        context
+    }
+
+    pub(crate) async fn replicas(&self, name: &str) -> Option<i32> {
+        self.api::<StatefulSet>().get(name).await.unwrap().spec?.replicas
     }
 
     /// The events of a storage cluster as `Type Reason`, in any order.

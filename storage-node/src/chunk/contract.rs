@@ -18,12 +18,17 @@ fn v(epoch: u64, sequence: u64) -> Version {
 }
 
 fn write(offset: u32, data: impl Into<Bytes>) -> Change {
-    let data = data.into();
-    Change::Write {
-        offset,
-        crc: crc32c(&data),
-        data,
-    }
+    Change::write([(offset, data)])
+}
+
+/// Like [`Change::write`], with a wrong checksum of the last part.
+fn damaged_write(parts: &[(u32, &'static [u8])]) -> Change {
+    let mut list: Vec<Part> = match Change::write(parts.iter().copied()) {
+        Change::Write(parts) => parts.to_vec(),
+        other => panic!("{other:?}"),
+    };
+    list.last_mut().unwrap().crc ^= 1;
+    Change::Write(Parts::new(list).unwrap())
 }
 
 async fn install(store: &dyn ChunkStore, id: ChunkId, version: Version, data: &[u8]) {
@@ -42,6 +47,7 @@ async fn contents(store: &dyn ChunkStore, id: ChunkId) -> (Version, Bytes) {
 /// The whole suite on an empty store.
 pub(crate) async fn suite(store: &dyn ChunkStore) {
     writes_and_reads(store).await;
+    writes_of_parts(store).await;
     versions(store).await;
     bad_changes(store).await;
     truncates(store).await;
@@ -77,6 +83,41 @@ async fn writes_and_reads(store: &dyn ChunkStore) {
         let end = (offset as usize).saturating_add(length as usize).min(expected.len());
         assert_eq!(got.data, expected[start..end], "{offset}+{length}");
         assert_eq!(got.crc, crc32c(&got.data));
+    }
+}
+
+async fn writes_of_parts(store: &dyn ChunkStore) {
+    let id = chunk(1, 17, 0);
+    // Several in a block, over the ends of blocks, touching, apart; some grow the chunk, with gaps.
+    let steps: [&[(u32, usize)]; 9] = [
+        &[(5, 10), (20, 1), (4000, 200), (4200, 50), (20_000, 3)],
+        &[(0, 5), (15, 5), (4090, 8), (19_999, 2), (20_003, 1), (30_000, 1)],
+        &[(4096, 4096), (8192, 100), (8292, 8092)],
+        &[(0, 4096), (8192, 4096), (28_672, 4096)],
+        // Long enough for the ways that do not log all bytes: behind the end, and all over.
+        &[(32_768, 100_000), (132_768, 65_536), (198_304, 1)],
+        &[(198_305, 70_000), (300_000, 70_000)],
+        &[(1, 100_000), (100_001, 99_999), (200_002, 169_998)],
+        &[(0, 200_000), (200_000, 170_000)],
+        &[(0, 65_536), (69_632, 65_536), (139_264, 65_536), (400_000, 5)],
+    ];
+    let mut expected = Vec::new();
+    let mut at = Version::NONE;
+    for (i, step) in steps.into_iter().enumerate() {
+        let data = |n: usize, length: usize| (0..length).map(|b| (b / 3 + n * 7 + i * 31) as u8).collect::<Vec<_>>();
+        let parts: Vec<_> = step.iter().enumerate().map(|(n, (o, l))| (*o, data(n, *l))).collect();
+        let next = v(1, i as u64 + 1);
+        store
+            .apply(RS, id, at, next, Change::write(parts.clone()))
+            .await
+            .unwrap();
+        for (offset, data) in parts {
+            let end = offset as usize + data.len();
+            expected.resize(expected.len().max(end), 0);
+            expected[offset as usize..end].copy_from_slice(&data);
+        }
+        at = next;
+        assert!(contents(store, id).await == (at, expected.clone().into()), "step {i}");
     }
 }
 
@@ -126,29 +167,19 @@ async fn bad_changes(store: &dyn ChunkStore) {
         (
             Version::NONE,
             v(1, 1),
-            write(0, Bytes::new()),
-            ErrorCode::InvalidArgument,
-        ),
-        (
-            Version::NONE,
-            v(1, 1),
-            write(MAX_CHUNK_LENGTH, "x"),
-            ErrorCode::InvalidArgument,
-        ),
-        (
-            Version::NONE,
-            v(1, 1),
             Change::Truncate(MAX_CHUNK_LENGTH + 1),
             ErrorCode::InvalidArgument,
         ),
         (
             Version::NONE,
             v(1, 1),
-            Change::Write {
-                offset: 0,
-                data: "x".into(),
-                crc: 7,
-            },
+            damaged_write(&[(0, b"x")]),
+            ErrorCode::Unavailable,
+        ),
+        (
+            Version::NONE,
+            v(1, 1),
+            damaged_write(&[(0, b"good"), (9000, b"bad")]),
             ErrorCode::Unavailable,
         ),
     ];

@@ -105,16 +105,11 @@ impl ChunkStore for MemoryChunkStore {
         }
         let mut data = present.map(|c| c.data.clone()).unwrap_or_default();
         match change {
-            Change::Write {
-                offset,
-                data: new,
-                crc: _,
-            } => {
-                let (start, end) = (offset as usize, offset as usize + new.len());
-                if data.len() < end {
-                    data.resize(end, 0);
+            Change::Write(parts) => {
+                data.resize(data.len().max(parts.end() as usize), 0);
+                for part in parts.iter() {
+                    data[part.offset as usize..part.end() as usize].copy_from_slice(&part.data);
                 }
-                data[start..end].copy_from_slice(&new);
             }
             Change::Truncate(length) => data.truncate(length as usize),
             Change::Delete => {

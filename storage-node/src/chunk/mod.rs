@@ -8,6 +8,7 @@
 mod error;
 mod file;
 mod memory;
+mod parts;
 
 #[cfg(test)]
 mod contract;
@@ -15,6 +16,7 @@ mod contract;
 pub use error::ChunkError;
 pub use file::{CheckError, CheckReport, FileChunkStore, Identity, IdentityError, OpenError, Problem, Stats, check};
 pub use memory::MemoryChunkStore;
+pub use parts::{Part, Parts};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -41,15 +43,9 @@ pub fn crc32c(data: &[u8]) -> u32 {
 /// One change of one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Puts bytes at an offset. The chunk grows if need be; a gap reads as zeros.
-    Write {
-        /// First byte, counted from the chunk's start.
-        offset: u32,
-        /// Not empty; ends at or before [`MAX_CHUNK_LENGTH`].
-        data: Bytes,
-        /// CRC32C of `data`; checked before anything is written.
-        crc: u32,
-    },
+    /// Puts bytes at one or more offsets. The chunk grows if need be; gaps read as zeros. All
+    /// checksums are checked before anything is written.
+    Write(Parts),
     /// Cuts the chunk to at most this many bytes; a shorter one keeps its length. At 0 the chunk
     /// stays as an empty one with its version, and one that does not exist is created so: a
     /// tombstone that keeps older copies from coming back.
@@ -193,21 +189,7 @@ fn admit(
         });
     }
     match change {
-        Change::Write { offset, data, crc } => {
-            if data.is_empty() {
-                return Err(ChunkError::InvalidChange {
-                    chunk,
-                    reason: "a write without data",
-                });
-            }
-            if u64::from(*offset) + data.len() as u64 > u64::from(MAX_CHUNK_LENGTH) {
-                return Err(ChunkError::InvalidChange {
-                    chunk,
-                    reason: "it ends beyond the longest chunk of 64 MiB",
-                });
-            }
-            check_crc(chunk, data, *crc)?;
-        }
+        Change::Write(parts) => check_parts(chunk, parts)?,
         Change::Truncate(length) if *length > MAX_CHUNK_LENGTH => {
             return Err(ChunkError::InvalidChange {
                 chunk,
@@ -246,6 +228,11 @@ fn admit_install(chunk: ChunkId, version: Version, data: &[u8], crc: u32) -> Res
         return check_crc(chunk, data, crc);
     };
     Err(ChunkError::InvalidChange { chunk, reason })
+}
+
+/// Whether all parts of a write have the checksums that were sent with them.
+pub(crate) fn check_parts(chunk: ChunkId, parts: &Parts) -> Result<(), ChunkError> {
+    parts.iter().try_for_each(|part| check_crc(chunk, &part.data, part.crc))
 }
 
 fn check_crc(chunk: ChunkId, data: &[u8], expected: u32) -> Result<(), ChunkError> {

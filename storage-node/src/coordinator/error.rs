@@ -21,7 +21,7 @@ pub enum PlacementError {
     InsufficientNodes {
         /// As the policy asks.
         copies: u32,
-        /// Registered, running or not.
+        /// Registered, running or not, and not draining.
         nodes: usize,
     },
 }

@@ -1,8 +1,10 @@
-//! The coordinator: the elected storage node that replaces dead primaries. Placement, which any
+//! The coordinator: the elected storage node that replaces dead primaries, and nodes that are lost
+//! or are to leave, in the replica sets. Placement, which any
 //! node may do, and the summary for status are here too.
 
 mod election;
 mod error;
+mod moves;
 mod summary;
 mod table;
 

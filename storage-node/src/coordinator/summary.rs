@@ -10,6 +10,10 @@ pub struct Summary {
     pub degraded: u32,
     /// That cannot take writes: no running primary, recovering, or fewer than `ack` in sync.
     pub unavailable: u32,
+    /// Copies that the degraded ones lack.
+    pub missing_copies: u32,
+    /// Whose members are being exchanged.
+    pub moving: u32,
 }
 
 /// Counts the replica sets of a view.
@@ -18,8 +22,14 @@ pub fn summarize(view: &ClusterView) -> Summary {
     for set in view.replica_sets.values() {
         summary.replica_sets += 1;
         let running = running_in_sync(view, &set.record);
-        if running < set.record.replication.copies as usize {
+        let copies = set.record.replication.copies as usize;
+        if running < copies {
             summary.degraded += 1;
+            summary.missing_copies += (copies - running) as u32;
+        }
+        // A member that fell behind, or died, is degradation; one too many is in exchange for one.
+        if set.record.leaving().next().is_some() {
+            summary.moving += 1;
         }
         if !view.live.contains_key(&set.record.primary)
             || set.record.recovering
@@ -85,11 +95,16 @@ mod tests {
                 replica_sets,
                 degraded,
                 unavailable,
+                missing_copies,
+                moving,
             } = summarize(view);
-            (replica_sets, degraded, unavailable)
+            (replica_sets, degraded, unavailable, missing_copies, moving)
         };
-        assert_eq!(summary(&view), (4, 2, 2));
+        assert_eq!(summary(&view), (4, 2, 2, 3, 0));
         view.live.remove(&node("a"));
-        assert_eq!(summary(&view), (4, 4, 4));
+        assert_eq!(summary(&view), (4, 4, 4, 6, 0));
+        let exchanged = view.replica_sets.get_mut(&ReplicaSetId(1)).unwrap();
+        exchanged.record.members[0] = node("d");
+        assert_eq!(summary(&view), (4, 4, 4, 6, 1));
     }
 }

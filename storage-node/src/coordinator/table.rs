@@ -87,6 +87,7 @@ pub async fn ensure_table(
     }
 }
 
+/// All registered nodes that are not to leave.
 async fn candidates(store: &dyn MetaStore, keys: &Keys) -> Result<Vec<Candidate>, PlacementError> {
     let (live, _) = store.range(&keys.live()).await?;
     let mut running = BTreeSet::new();
@@ -101,6 +102,9 @@ async fn candidates(store: &dyn MetaStore, keys: &Keys) -> Result<Vec<Candidate>
             continue;
         };
         let record: NodeRecord = decode(&kv.value)?;
+        if record.draining {
+            continue;
+        }
         all.push(Candidate {
             id: NodeId(id.to_owned()),
             failure_domain: record.failure_domain,
@@ -273,6 +277,7 @@ mod tests {
                 encode(&NodeRecord {
                     disk: "d".into(),
                     failure_domain: format!("node-{i}"),
+                    draining: false,
                 }),
             ));
         }

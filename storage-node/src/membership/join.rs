@@ -107,15 +107,16 @@ impl Registration {
 
     async fn register(&self, store: &dyn MetaStore, keys: &Keys) -> Result<(), JoinError> {
         let key = keys.node(&self.node);
-        let wanted = NodeRecord {
-            disk: self.disk.clone(),
-            failure_domain: self.failure_domain.clone(),
-        };
         let mut told = false;
         loop {
             let present = store.get(&key).await?;
             let seen = present.as_ref().map_or(0, |kv| kv.mod_revision);
             let record: Option<NodeRecord> = present.as_ref().map(|kv| decode(&kv.value)).transpose()?;
+            let wanted = NodeRecord {
+                disk: self.disk.clone(),
+                failure_domain: self.failure_domain.clone(),
+                draining: record.as_ref().is_some_and(|record| record.draining),
+            };
             if record.as_ref() == Some(&wanted) {
                 return Ok(());
             }

@@ -1,4 +1,5 @@
 use lazarette_metastore::{LeaseId, MetaStore, StoreError};
+use lazarette_proto::clock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -65,6 +66,12 @@ impl Lease {
         !self.inner.ended.load(Ordering::Acquire) && boot_nanos() < self.inner.proven_until.load(Ordering::Acquire)
     }
 
+    /// Until when it is proven so far, in milliseconds of
+    /// [`boot_ms`](lazarette_proto::clock::boot_ms).
+    pub fn proven_until_ms(&self) -> u64 {
+        self.inner.proven_until.load(Ordering::Acquire) / 1_000_000
+    }
+
     /// Resolves when the lease is lost for good. The node must then start anew.
     pub async fn ended(&self) {
         let mut end = self.inner.end.subscribe();
@@ -112,6 +119,5 @@ async fn keep(store: Arc<dyn MetaStore>, lease: Arc<Inner>) {
 
 /// Nanoseconds since boot, suspended time included.
 fn boot_nanos() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    clock::boot().as_nanos() as u64
 }

@@ -101,6 +101,7 @@ async fn a_new_disk_waits_until_nobody_counts_on_the_old_one() {
     let old = NodeRecord {
         disk: "d1".into(),
         failure_domain: "zone-a".into(),
+        draining: false,
     };
     put(&store, keys.node(&me.node), encode(&old)).await;
     let mut set = ReplicaSetRecord {

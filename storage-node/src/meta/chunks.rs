@@ -31,9 +31,8 @@ pub trait ChunkRemover: Send + Sync + 'static {
         to_index: u32,
     ) -> Result<(), ChunkError>;
 
-    /// Cuts one chunk to at most `length` bytes. The file lives on, so a call that takes longer
-    /// than the owner's lease may outlive the ownership and must not take effect then: give it a
-    /// deadline well below the lease's time to live.
+    /// Cuts one chunk to at most `length` bytes. The file lives on, so nothing of it may take effect after
+    /// the owner's lease has ended or after the call has returned.
     async fn truncate(
         &self,
         volume: VolumeId,

@@ -1,14 +1,12 @@
 //! The journal: records of changed rows, each committed by one fenced transaction.
 
-use super::rows::{Change, Key, Reader, RowError, Writer, open_envelope, seal_envelope};
+use super::rows::{Change, FORMAT, Key, Reader, RowError, Writer, open_envelope, seal_envelope};
 use super::state::State;
 use lazarette_metastore::{Condition, MetaStore, Op, Revision, ShardKey, StoreError, Txn};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Version of the records' format.
-const FORMAT: u8 = 1;
 /// Pause before the store is asked again after it failed.
 pub(super) const RETRY_AFTER: Duration = Duration::from_millis(50);
 

@@ -28,6 +28,8 @@ const MAX_RECOVERIES: usize = 8;
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 /// How long it takes at most to notice a shard that has ended by itself.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Shards that a node which is to leave gives up at a time.
+const LEAVE_AT_ONCE: usize = 4;
 /// How often one shard may move from this node to one with fewer.
 const BALANCE_EVERY: Duration = Duration::from_secs(15);
 
@@ -92,7 +94,9 @@ impl Manager {
                 Some(_) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.busy.retain(|_, task| !task.is_finished());
                 }
-                _ = balance.tick() => self.give_one_up(),
+                _ = balance.tick() => {
+                    self.give_one_up();
+                }
             }
         }
         reports.abort();
@@ -135,6 +139,9 @@ impl Manager {
                 }
             }
         }
+        if placement::leaves(&view, &self.context.node) {
+            while self.busy.len() < LEAVE_AT_ONCE && self.give_one_up() {}
+        }
         let now = Instant::now();
         let mut next = now + LOOK_EVERY;
         let plan = placement::plan(&view);
@@ -166,24 +173,30 @@ impl Manager {
         self.busy.insert(volume, handle);
     }
 
-    /// Gives one shard up if another node has at least two fewer.
-    fn give_one_up(&mut self) {
+    /// Gives one shard up if another node has at least two fewer, or this one is to leave. Whether
+    /// it did.
+    fn give_one_up(&mut self) -> bool {
         let view = Arc::clone(&self.view.borrow());
-        let mine: HashSet<VolumeId> = self.shards.all().iter().map(Shard::volume).collect();
+        let mine: HashSet<VolumeId> = self
+            .shards
+            .all()
+            .iter()
+            .map(Shard::volume)
+            .filter(|volume| !self.busy.contains_key(volume))
+            .collect();
         let Some(volume) = placement::surplus(&view, &self.context.node, &mine) else {
-            return;
+            return false;
         };
-        if self.busy.contains_key(&volume) {
-            return;
-        }
-        if let Some(shard) = self.shards.remove(volume) {
-            tracing::info!(%volume, "shard moves to a node with fewer");
-            self.start(volume, async move {
-                shard.resign().await;
-                // Leave it to the others first.
-                tokio::time::sleep(RANK_DELAY * 2).await;
-            });
-        }
+        let Some(shard) = self.shards.remove(volume) else {
+            return false;
+        };
+        tracing::info!(%volume, "shard moves to another node");
+        self.start(volume, async move {
+            shard.resign().await;
+            // Leave it to the others first.
+            tokio::time::sleep(RANK_DELAY * 2).await;
+        });
+        true
     }
 }
 

@@ -16,8 +16,8 @@ use super::namespace::{Fault, Limits};
 use crate::membership::Lease;
 use actor::{Actor, Call, Control};
 use lazarette_metastore::{Condition, Keys, MetaStore, Op, Txn, UsageRecord};
-use lazarette_proto::meta::{Request, Response};
-use lazarette_types::{ErrorCode, InodeId, NodeId, SessionId, VolumeId};
+use lazarette_proto::meta::{Handles, Request, Response};
+use lazarette_types::{ErrorCode, NodeId, SessionId, VolumeId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -51,6 +51,24 @@ impl Default for Tuning {
             fold_records: 1024,
         }
     }
+}
+
+/// What a client's rights to know things without asking hang on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Who granted them: the ownership's epoch.
+    pub epoch: u64,
+    /// How often a sole client got company, since this owner took over.
+    pub company: u64,
+}
+
+/// Everything that a session holds open.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// Since when it has opened nothing by older rights.
+    pub terms: Terms,
+    /// The open inodes, and others that were closed.
+    pub handles: Handles,
 }
 
 /// Requests that wait to be executed.
@@ -194,16 +212,16 @@ impl Shard {
     }
 
     /// Opens or re-opens a session. Returns when no other client may use cached answers any more.
-    pub async fn open_session(&self, session: SessionId, client: String) -> Result<(), Fault> {
+    pub async fn open_session(&self, session: SessionId, client: String) -> Result<Terms, Fault> {
         self.ask(|reply| Control::OpenSession { session, client, reply }).await
     }
 
-    /// Renews a session and registers what it holds open.
-    pub async fn keep_alive(&self, session: SessionId, open: Vec<InodeId>, complete: bool) -> Result<(), Fault> {
+    /// Renews a session. It has registered what it holds open if the terms returned are those of the
+    /// registration.
+    pub async fn keep_alive(&self, session: SessionId, registration: Option<Registration>) -> Result<Terms, Fault> {
         self.ask(|reply| Control::KeepAlive {
             session,
-            open,
-            complete,
+            registration,
             reply,
         })
         .await
@@ -217,7 +235,8 @@ impl Shard {
 
     /// Ends a session. Ending one that has ended succeeds.
     pub async fn close_session(&self, session: SessionId) -> Result<(), Fault> {
-        self.ask(|reply| Control::CloseSession { session, reply }).await
+        let closed = self.ask(|reply| Control::CloseSession { session, reply }).await;
+        closed.map(|_| ())
     }
 
     /// Takes over a changed volume record.
@@ -258,7 +277,10 @@ impl Shard {
         }
     }
 
-    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Result<(), Fault>>) -> Control) -> Result<(), Fault> {
+    async fn ask(
+        &self,
+        message: impl FnOnce(oneshot::Sender<Result<Terms, Fault>>) -> Control,
+    ) -> Result<Terms, Fault> {
         let (reply, answer) = oneshot::channel();
         self.control.send(message(reply)).map_err(|_| not_owner())?;
         answer.await.map_err(|_| not_owner())?

@@ -4,13 +4,10 @@ mod store;
 
 pub use store::{EtcdPages, PageBatch, PageStore};
 
-use super::rows::{Key, Reader, Row, RowError, Writer, open_envelope, seal_envelope};
+use super::rows::{FORMAT, Key, Reader, Row, RowError, Writer, open_envelope, seal_envelope};
 use super::state::State;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
-
-/// Version of the pages' format.
-const FORMAT: u8 = 1;
 
 /// How large pages and batches get, in bytes.
 #[derive(Clone, Copy, Debug)]

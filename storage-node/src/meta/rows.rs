@@ -5,7 +5,7 @@
 
 mod codec;
 
-pub use codec::{Change, MAX_NAME, MAX_XATTR_VALUE, Reader, RowError, Writer, open_envelope, seal_envelope};
+pub use codec::{Change, FORMAT, MAX_NAME, MAX_XATTR_VALUE, Reader, RowError, Writer, open_envelope, seal_envelope};
 
 use lazarette_proto::meta::{Attr, Kind};
 use lazarette_types::{ErrorCode, InodeId, SessionId};
@@ -24,7 +24,7 @@ pub enum Key {
     Result(SessionId, u64),
     /// An inode that is gone and whose chunks are to be removed.
     Garbage(InodeId),
-    /// A file that was shrunk and whose chunks beyond are to be cut.
+    /// A file whose chunks are to be cut.
     Truncate(InodeId),
     /// A part of an inode.
     Inode(InodeId, Part),
@@ -37,6 +37,8 @@ pub enum Part {
     Attributes,
     /// Locks and the turn to append.
     Locks,
+    /// What may lie beyond the file's end.
+    Reach,
     /// An extended attribute, by name.
     Xattr(Box<[u8]>),
     /// An entry of the directory, by cookie.
@@ -65,6 +67,8 @@ pub enum Row {
     Inode(Box<Inode>),
     /// Of [`Part::Locks`]; never empty.
     Locks(Box<Vec<Held>>),
+    /// Of [`Part::Reach`].
+    Reach(Reach),
     /// Of [`Part::Xattr`].
     Xattr(Box<[u8]>),
     /// Of [`Part::Dentry`].
@@ -86,7 +90,12 @@ pub enum OpResult {
     /// An inode as it was right after.
     Attr(InodeId, Box<Inode>),
     /// Where to append.
-    Offset(u64),
+    Turn {
+        /// The end of the file.
+        offset: u64,
+        /// The inode's change counter.
+        change: u64,
+    },
     /// It failed and changed nothing.
     Failed(ErrorCode, String),
 }
@@ -100,15 +109,26 @@ pub struct Garbage {
     pub chunks: u32,
 }
 
-/// A shrinking that is not finished at the chunks.
+/// A cut of a file's chunks that is not finished: because the file was shrunk, or before it grows
+/// over bytes that may be stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Truncate {
     /// The file's placement seed.
     pub seed: u32,
-    /// The size before, in bytes.
+    /// No chunk has anything from here on.
     pub from: u64,
-    /// The size after, in bytes.
+    /// From here on nothing is to be left.
     pub to: u64,
+}
+
+/// What is known of a file's chunks besides its size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Chunks below this may have bytes that are not part of the file, in addition to the chunk in
+    /// which it ends.
+    pub end: u64,
+    /// The change of the inode that last had its chunks cut; 0 if none did.
+    pub cut: u64,
 }
 
 /// An entry of a directory.
@@ -229,6 +249,11 @@ impl Key {
     /// The key of an inode's locks.
     pub fn locks(ino: InodeId) -> Self {
         Self::Inode(ino, Part::Locks)
+    }
+
+    /// The key of what may lie beyond a file's end.
+    pub fn reach(ino: InodeId) -> Self {
+        Self::Inode(ino, Part::Reach)
     }
 
     /// The key of a directory's entry.

@@ -1,14 +1,14 @@
 //! The Meta service: finds the shard of a request.
 
 use super::namespace::Fault;
-use super::owner::{SESSION_TTL, Shard, Stream, not_owner};
+use super::owner::{Registration, SESSION_TTL, Shard, Stream, Terms, not_owner};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use lazarette_proto::meta::{
     CloseSessionRequest, CloseSessionResponse, Confirm, KeepAliveRequest, KeepAliveResponse, OpenSessionRequest,
     OpenSessionResponse, Recall, Request as Operation, Response as Answer, meta_server,
 };
-use lazarette_types::{InodeId, SessionId, VolumeId};
+use lazarette_types::{SessionId, VolumeId};
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::{mpsc, watch};
@@ -86,23 +86,29 @@ impl meta_server::Meta for MetaService {
         let request = request.into_inner();
         let shard = self.shard(request.volume)?;
         let opened = shard.open_session(SessionId(request.session), request.client).await;
-        opened.map_err(status)?;
+        let terms = opened.map_err(status)?;
         Ok(Response::new(OpenSessionResponse {
             ttl_ms: SESSION_TTL.as_millis() as u32,
-            owner_epoch: shard.epoch(),
+            owner_epoch: terms.epoch,
+            company: terms.company,
         }))
     }
 
     async fn keep_alive(&self, request: Request<KeepAliveRequest>) -> Result<Response<KeepAliveResponse>, Status> {
         let request = request.into_inner();
         let shard = self.shard(request.volume)?;
-        let open = request.open_inodes.into_iter().map(InodeId).collect();
-        let renewed = shard
-            .keep_alive(SessionId(request.session), open, request.complete)
-            .await;
-        renewed.map_err(status)?;
+        let registration = request.complete.then(|| Registration {
+            terms: Terms {
+                epoch: request.owner_epoch,
+                company: request.company,
+            },
+            handles: request.handles.unwrap_or_default(),
+        });
+        let renewed = shard.keep_alive(SessionId(request.session), registration).await;
+        let terms = renewed.map_err(status)?;
         Ok(Response::new(KeepAliveResponse {
-            owner_epoch: shard.epoch(),
+            owner_epoch: terms.epoch,
+            company: terms.company,
         }))
     }
 

@@ -1,7 +1,7 @@
 //! A shard's rows in memory, with the indexes that operations need and the marks that journal
 //! and pages need.
 
-use super::rows::{Dentry, Garbage, Held, Inode, Key, Part, Row, Truncate};
+use super::rows::{Dentry, Garbage, Held, Inode, Key, Part, Reach, Row, Truncate};
 use lazarette_proto::meta::Kind;
 use lazarette_types::{InodeId, SessionId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -264,7 +264,15 @@ impl State {
         self.locked.get(&session).into_iter().flatten().copied().collect()
     }
 
-    /// A pending shrinking of a file.
+    /// What may lie beyond a file's end.
+    pub fn reach(&self, ino: InodeId) -> Reach {
+        match self.rows.get(&Key::reach(ino)) {
+            Some(Row::Reach(reach)) => *reach,
+            _ => Reach::default(),
+        }
+    }
+
+    /// A pending cut of a file's chunks.
     pub fn truncate(&self, ino: InodeId) -> Option<Truncate> {
         match self.rows.get(&Key::Truncate(ino)) {
             Some(Row::Truncate(truncate)) => Some(*truncate),
@@ -272,7 +280,7 @@ impl State {
         }
     }
 
-    /// All pending shrinkings.
+    /// All pending cuts.
     pub fn truncates(&self) -> impl Iterator<Item = (InodeId, Truncate)> {
         let range = Key::Truncate(InodeId(0))..=Key::Truncate(InodeId(u64::MAX));
         self.rows.range(range).filter_map(|(key, row)| match (key, row) {
@@ -286,6 +294,15 @@ impl State {
         let range = Key::Garbage(InodeId(0))..=Key::Garbage(InodeId(u64::MAX));
         self.rows.range(range).filter_map(|(key, row)| match (key, row) {
             (Key::Garbage(ino), Row::Garbage(garbage)) => Some((*ino, *garbage)),
+            _ => None,
+        })
+    }
+
+    /// The results that are kept: session and op id.
+    pub fn results(&self) -> impl Iterator<Item = (SessionId, u64)> {
+        let range = Key::Result(SessionId(0), 0)..=Key::Result(SessionId(u64::MAX), u64::MAX);
+        self.rows.range(range).filter_map(|(key, _)| match key {
+            Key::Result(session, id) => Some((*session, *id)),
             _ => None,
         })
     }

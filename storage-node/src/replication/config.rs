@@ -27,6 +27,10 @@ pub struct ReplicationConfig {
     pub repair_rate: u64,
     /// How long a set must be whole before it is handed back to its first member.
     pub hand_back_after: Duration,
+    /// Rate at which copies are read to verify them, bytes a second; 0 verifies none.
+    pub scrub_rate: u64,
+    /// How long after the beginning of a verification of all copies the next one begins.
+    pub scrub_every: Duration,
     /// How often chunks that nobody needs any more are looked for.
     pub sweep_every: Duration,
 }
@@ -45,6 +49,8 @@ impl Default for ReplicationConfig {
             repair_in_flight: 4,
             repair_rate: 200 << 20,
             hand_back_after: Duration::from_secs(15),
+            scrub_rate: 16 << 20,
+            scrub_every: Duration::from_secs(7 * 24 * 3600),
             sweep_every: Duration::from_secs(30),
         }
     }

@@ -11,6 +11,9 @@
 //! - **Alone**: a primary serves only in epochs of its own tenure, and only while its lease lasts;
 //!   [`fail_over`] is made only if the primary's liveness, which hangs on that lease, is gone.
 //!
+//! `members` is what the coordinator wishes, and no part of this: it is changed without a new epoch
+//! ([`exchanged`]) and says who is brought into `in_sync`, and who leaves it.
+//!
 //! From *Held*: any `|in_sync| − ack + 1` members include a holder of every acknowledged change
 //! ([`quorum`]), so a new primary that asks so many finds all.
 
@@ -32,8 +35,8 @@ pub fn quorum(record: &ReplicaSetRecord) -> usize {
 }
 
 /// The configuration after the primary's death: the living in-sync members go on under the one of
-/// them with the fewest sets to lead. None if they are too few to know every acknowledged change:
-/// then the set waits for a member to come back.
+/// them with the fewest sets to lead, and not under one that is to leave if there are others. None if
+/// they are too few to know every acknowledged change: then the set waits for a member to come back.
 pub fn fail_over(
     record: &ReplicaSetRecord,
     live: impl Fn(&NodeId) -> bool,
@@ -50,7 +53,10 @@ pub fn fail_over(
     }
     let primary = in_sync
         .iter()
-        .min_by_key(|node| leading.get(node).copied().unwrap_or(0))?
+        .min_by_key(|node| {
+            let leaves = !record.members.contains(node);
+            (leaves, leading.get(node).copied().unwrap_or(0))
+        })?
         .clone();
     Some(ReplicaSetRecord {
         epoch: record.epoch + 1,
@@ -110,10 +116,28 @@ pub fn with(record: &ReplicaSetRecord, member: &NodeId) -> ReplicaSetRecord {
     if record.members.contains(member) && !record.in_sync.contains(member) {
         next.in_sync.push(member.clone());
         // In the order of the members, so that equal configurations look equal.
-        next.in_sync
-            .sort_by_key(|node| record.members.iter().position(|member| member == node));
+        let place = |node: &NodeId| record.members.iter().position(|member| member == node);
+        next.in_sync.sort_by_key(|node| place(node).unwrap_or(usize::MAX));
     }
     next
+}
+
+/// With another node in a member's place. Nothing else changes, the epoch neither: the primary
+/// brings the new member in, and then lets the old one go. None if `to` is a member already.
+pub fn exchanged(record: &ReplicaSetRecord, from: &NodeId, to: &NodeId) -> Option<ReplicaSetRecord> {
+    let place = record.members.iter().position(|member| member == from)?;
+    if record.members.contains(to) {
+        return None;
+    }
+    let mut next = record.clone();
+    next.members[place] = to.clone();
+    Some(next)
+}
+
+/// Whether two configurations differ in nothing but the members.
+pub fn same_but_members(a: &ReplicaSetRecord, b: &ReplicaSetRecord) -> bool {
+    let members = a.members.clone();
+    ReplicaSetRecord { members, ..b.clone() } == *a
 }
 
 /// Led by another in-sync member: every acknowledged change is on all of them, and this primary
@@ -199,5 +223,35 @@ mod tests {
         assert_eq!(with(&three, &node("x")).in_sync.len(), 3);
         // The primary never ejects itself.
         assert_eq!(without(&set(3, 2), &[node("a")]).in_sync.len(), 3);
+    }
+
+    #[test]
+    fn an_exchanged_member_stays_in_sync_until_it_is_let_go() {
+        let moving = exchanged(&set(3, 2), &node("a"), &node("d")).unwrap();
+        assert_eq!(moving.members, [node("d"), node("b"), node("c")]);
+        assert_eq!((moving.epoch, moving.in_sync.len()), (4, 3));
+        assert!(same_but_members(&moving, &set(3, 2)) && !moving.settled());
+        assert_eq!(exchanged(&moving, &node("b"), &node("d")), None);
+        assert_eq!(exchanged(&moving, &node("a"), &node("e")), None);
+        let four = with(&moving, &node("d"));
+        assert_eq!(four.in_sync, [node("d"), node("b"), node("c"), node("a")]);
+        // The one that leaves leads only if nobody else can.
+        let next = fail_over(
+            &ReplicaSetRecord {
+                primary: node("b"),
+                ..four.clone()
+            },
+            |_| true,
+            &BTreeMap::from([(node("d"), 9), (node("c"), 9)]),
+        )
+        .unwrap();
+        assert_ne!(next.primary, node("a"));
+        let led_by_d = ReplicaSetRecord {
+            primary: node("d"),
+            ..four
+        };
+        let done = without(&led_by_d, &[node("a")]);
+        assert_eq!(done.in_sync, done.members);
+        assert!(done.settled());
     }
 }

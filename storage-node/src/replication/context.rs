@@ -1,8 +1,12 @@
+use super::configuration::same_but_members;
 use super::links::Links;
 use super::{Counters, Member, ReplicationConfig, ReplicationError};
 use crate::chunk::{ChunkStore, ChunkSummary, Contents};
 use crate::membership::{ClusterView, Lease, Versioned};
-use lazarette_metastore::{Condition, Keys, MetaStore, Op, ReplicaSetRecord, StoreError, Txn, decode, encode};
+use lazarette_metastore::{
+    Condition, Keys, MetaStore, Op, ReplicaSetRecord, ScrubRecord, StoreError, Txn, decode, encode,
+};
+use lazarette_proto::clock::Clocks;
 use lazarette_types::{ChunkId, NodeId, ReplicaSetId, Version};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +23,16 @@ pub(crate) struct Context {
     pub(crate) lease: Lease,
     pub(crate) view: watch::Receiver<Arc<ClusterView>>,
     pub(crate) links: Links,
+    /// Of other nodes, by their names.
+    pub(crate) clocks: Clocks,
     pub(crate) config: ReplicationConfig,
     pub(crate) counters: Counters,
     /// Chunks being copied by repair.
     pub(crate) repairs: Semaphore,
     /// When repair may copy again, by its rate.
     pub(crate) repair_pace: tokio::sync::Mutex<Option<Instant>>,
+    /// How far scrubbing is.
+    pub(crate) scrub: std::sync::Mutex<ScrubRecord>,
     /// Sets being handed back: one after the other.
     pub(crate) hand_backs: Semaphore,
     pub(crate) stopped: CancellationToken,
@@ -35,6 +43,17 @@ pub(crate) struct Context {
 pub(crate) enum Swap {
     /// The record is the new one.
     Made(Versioned<ReplicaSetRecord>),
+    /// The record is another one; None if there is none.
+    Lost(Option<Versioned<ReplicaSetRecord>>),
+}
+
+/// What became of a step of a tenure.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// It was made, and this is the record.
+    Made(Versioned<ReplicaSetRecord>),
+    /// It was made, but the coordinator may have exchanged members since: this is the record now.
+    Found(Versioned<ReplicaSetRecord>),
     /// The record is another one; None if there is none.
     Lost(Option<Versioned<ReplicaSetRecord>>),
 }
@@ -86,18 +105,21 @@ impl Context {
     /// Replaces a replica set's record, tries until the outcome is known or `abort`ed (None).
     ///
     /// Only for a primary in its own tenure: nobody else could write just this record, so finding
-    /// it after an ambiguous answer means that it was this one.
+    /// it after an ambiguous answer means that it was this one, whatever the members are by now.
     pub(crate) async fn swap_until_known(
         &self,
         old: &Versioned<ReplicaSetRecord>,
         next: &ReplicaSetRecord,
         abort: &CancellationToken,
-    ) -> Option<Swap> {
+    ) -> Option<Step> {
         let mut pause = Duration::from_millis(20);
         loop {
             let error = match self.swap(old, next).await {
-                Ok(Swap::Lost(Some(found))) if found.record == *next => return Some(Swap::Made(found)),
-                Ok(known) => return Some(known),
+                Ok(Swap::Made(record)) => return Some(Step::Made(record)),
+                Ok(Swap::Lost(Some(found))) if same_but_members(&found.record, next) => {
+                    return Some(Step::Found(found));
+                }
+                Ok(Swap::Lost(found)) => return Some(Step::Lost(found)),
                 Err(error) => error,
             };
             tracing::warn!(replica_set = %old.record.id, %error, "change of configuration not answered, trying again");

@@ -55,10 +55,20 @@ counters! {
     members_ejected,
     /// Members brought back into a configuration by this primary.
     members_admitted,
+    /// Members let go by this primary because others have taken their place.
+    members_exchanged,
     /// Chunks copied (or removed) at members that come back.
     chunks_repaired,
     /// Bytes copied to members that come back.
     bytes_repaired,
+    /// Bytes of copies verified by scrubbing.
+    scrubbed_bytes,
+    /// Chunks that scrubbing found damaged, or different from the primary's.
+    scrub_found,
+    /// Those of them that were replaced by a good copy.
+    scrub_repaired,
+    /// Those of them without a good copy in sync.
+    scrub_lost,
     /// Times that this node became primary of a set.
     takeovers,
     /// Sets handed back to their first member.

@@ -29,6 +29,9 @@ pub enum ReplicationError {
     /// Nothing may be served without a lease.
     #[error("this node cannot prove its lease")]
     NoLease,
+    /// It came after its deadline, or for a process that was here before this one.
+    #[error("the request is too late")]
+    Late,
     /// Cannot be served now.
     #[error("replica set {set} cannot serve this now: {reason}")]
     NotNow {
@@ -72,6 +75,7 @@ impl ReplicationError {
                 ErrorCode::WrongEpoch
             }
             Self::NoLease | Self::NotNow { .. } => ErrorCode::Unavailable,
+            Self::Late => ErrorCode::Late,
             Self::NoGoodCopy(_) => ErrorCode::Corrupt,
             Self::Malformed(_) => ErrorCode::InvalidArgument,
             Self::Chunk(error) => error.code(),

@@ -1,8 +1,8 @@
 use super::{ReplicationConfig, ReplicationError, wire};
 use crate::chunk::{Change, ChunkSummary, Contents};
 use crate::membership::ClusterView;
-use lazarette_proto::MAX_MESSAGE_BYTES;
 use lazarette_proto::chunk::{self as pb, chunk_client::ChunkClient, replica_client::ReplicaClient};
+use lazarette_proto::{FRAME_BYTES, MAX_MESSAGE_BYTES};
 use lazarette_types::{ChunkId, NodeId, ReplicaSetId, Version};
 use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
@@ -27,6 +27,7 @@ pub fn endpoint(uri: String) -> Result<Endpoint, tonic::transport::Error> {
         // A peer that vanished without a word is noticed although nothing is sent.
         .http2_keep_alive_interval(Duration::from_secs(2))
         .keep_alive_timeout(Duration::from_secs(2))
+        .max_frame_size(FRAME_BYTES)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20))
 }
@@ -168,6 +169,27 @@ impl Links {
             return Err(ReplicationError::unreachable(node, "a chunk was damaged on its way"));
         }
         Ok(contents)
+    }
+
+    /// Asks the primary to replace this node's damaged copy.
+    pub(crate) async fn restore(
+        &self,
+        primary: &NodeId,
+        set: ReplicaSetId,
+        epoch: u64,
+        chunk: ChunkId,
+        damaged: &NodeId,
+    ) -> Result<(), ReplicationError> {
+        let request = pb::RestoreRequest {
+            replica_set: set.0,
+            epoch,
+            chunk: wire::chunk_to(chunk),
+            member: primary.0.clone(),
+            damaged: damaged.0.clone(),
+        };
+        let mut client = self.replica(primary)?;
+        within(primary, self.bulk_timeout, client.restore(request)).await?;
+        Ok(())
     }
 
     pub(crate) async fn list(

@@ -116,6 +116,21 @@ impl Member {
         Ok(self.chunks.fetch(self.set, chunk).await?)
     }
 
+    /// Drops the whole copy if nobody needs it, which `unneeded` finds out while no request is under
+    /// way and none begins: so whoever counts on this copy again has looked at it after the drop.
+    /// Whether it was dropped.
+    pub(crate) async fn drop_if<E: From<ChunkError>>(
+        &self,
+        unneeded: impl Future<Output = Result<bool, E>>,
+    ) -> Result<bool, E> {
+        let _promise = self.promised.write().await;
+        let unneeded = unneeded.await?;
+        if unneeded {
+            self.chunks.drop_replica_set(self.set).await?;
+        }
+        Ok(unneeded)
+    }
+
     async fn enter(&self, epoch: u64) -> Result<RwLockReadGuard<'_, u64>, ReplicationError> {
         loop {
             let promise = self.promised.read().await;
@@ -158,11 +173,7 @@ mod tests {
     }
 
     fn write(data: &'static [u8]) -> Change {
-        Change::Write {
-            offset: 0,
-            data: Bytes::from_static(data),
-            crc: crc32c(data),
-        }
+        Change::write([(0, data)])
     }
 
     fn member() -> Member {

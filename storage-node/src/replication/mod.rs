@@ -27,6 +27,7 @@ mod member;
 mod operation;
 mod read;
 mod repair;
+mod scrub;
 mod service;
 mod set;
 mod supervision;

@@ -35,7 +35,7 @@ pub(crate) enum Local {
     Pending,
     /// Durable.
     Done,
-    /// Not made, or taken back: the members must be brought back to what this node has.
+    /// Not made, or taken back: what is ordered instead comes next.
     Undone,
 }
 
@@ -65,7 +65,7 @@ impl Operation {
     /// Bytes that it holds in memory, at least 1.
     pub(crate) fn bytes(&self) -> usize {
         match &self.change {
-            Change::Write { data, .. } => data.len().max(1),
+            Change::Write(parts) => parts.bytes(),
             Change::Truncate(_) | Change::Delete => 1,
         }
     }

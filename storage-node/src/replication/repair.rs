@@ -2,7 +2,8 @@
 
 use super::ReplicationError;
 use super::configuration::with;
-use super::tenure::{PeerState, Standing, Tenure};
+use super::tenure::{PeerState, Reconfigured, Standing, Tenure};
+use crate::chunk::ChunkError;
 use futures::StreamExt;
 use lazarette_types::{ChunkId, NodeId, Version};
 use std::collections::BTreeMap;
@@ -199,6 +200,36 @@ impl Tenure {
         Ok(())
     }
 
+    /// Puts this node's copy of a chunk in the place of a member's damaged one.
+    pub(crate) async fn restore(self: &Arc<Self>, node: &NodeId, chunk: ChunkId) -> Result<(), ReplicationError> {
+        self.check_open()?;
+        // A learner gets its copies by its repair, anyone else none.
+        let standing = self.state().peers.get(node).map(|p| p.standing);
+        if !matches!(standing, Some(Standing::InSync | Standing::Ejecting)) {
+            return Err(ReplicationError::unreachable(node, "not in sync"));
+        }
+        let Ok(_permit) = self.ctx.repairs.acquire().await else {
+            return Err(ReplicationError::NotPrimary(self.set));
+        };
+        let bytes = {
+            let _turn = self.turn_to_read(chunk).await;
+            self.arrived_at(node, chunk).await;
+            let present = match self.ctx.chunks.version(self.set, chunk).await {
+                Ok(present) => present,
+                Err(ChunkError::Corrupt { .. }) => {
+                    self.heal(chunk).await?;
+                    self.ctx.chunks.version(self.set, chunk).await?
+                }
+                Err(error) => return Err(error.into()),
+            };
+            // Everything has arrived, so the member has this version too, or a damaged header: in
+            // both cases the copy is replaced.
+            self.equalize(node, chunk, present).await?
+        };
+        self.pace(bytes).await;
+        Ok(())
+    }
+
     /// Waits for the deliveries of a chunk to one peer.
     async fn arrived_at(&self, node: &NodeId, chunk: ChunkId) {
         let tail = {
@@ -242,11 +273,11 @@ impl Tenure {
         if tokio::time::timeout(self.ctx.config.debt_age, arrived).await.is_err() {
             return Err(ReplicationError::unreachable(node, "does not keep up"));
         }
-        let next = with(&self.state().record.record, node);
-        if self.reconfigure(&next).await {
-            Ok(())
-        } else {
-            Err(ReplicationError::NotPrimary(self.set))
+        match self.reconfigure(|record| with(record, node)).await {
+            Reconfigured::Made => Ok(()),
+            // See `State::adopt`.
+            Reconfigured::MembersChanged => Err(ReplicationError::unreachable(node, "members were exchanged")),
+            Reconfigured::Over => Err(ReplicationError::NotPrimary(self.set)),
         }
     }
 }

@@ -4,7 +4,8 @@ use futures::stream::BoxStream;
 use lazarette_proto::chunk as pb;
 use lazarette_proto::chunk::chunk_server::Chunk;
 use lazarette_proto::chunk::replica_server::Replica;
-use lazarette_types::{ErrorCode, ReplicaSetId};
+use lazarette_proto::clock::boot_ms;
+use lazarette_types::{ErrorCode, NodeId, ReplicaSetId};
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
@@ -15,11 +16,14 @@ const LIST_PART: usize = 4096;
 #[derive(Clone)]
 pub struct ChunkService {
     replicas: Replicas,
+    /// Names this process's clock: another process does not know what was sent to this one.
+    clock: u64,
 }
 
 impl ChunkService {
     pub(crate) fn new(replicas: Replicas) -> Self {
-        Self { replicas }
+        let clock = rand::random();
+        Self { replicas, clock }
     }
 
     async fn change(
@@ -28,10 +32,20 @@ impl ChunkService {
         epoch: u64,
         chunk: Option<pb::ChunkId>,
         change: Change,
+        until: Option<u64>,
     ) -> Result<(), ReplicationError> {
         let chunk = wire::chunk_from(chunk)?;
         let tenure = self.replicas.leader_of(ReplicaSetId(set), epoch).await?;
-        tenure.change(chunk, change).await
+        tenure.change(chunk, change, until).await
+    }
+
+    /// Until when, on this machine's clock, a change may be begun.
+    fn until(&self, deadline: Option<pb::Deadline>) -> Result<u64, ReplicationError> {
+        match deadline {
+            Some(deadline) if deadline.clock == self.clock => Ok(deadline.at_ms),
+            Some(_) => Err(ReplicationError::Late),
+            None => Err(ReplicationError::Malformed("a change without a deadline")),
+        }
     }
 
     fn counted<T>(&self, result: Result<T, ReplicationError>) -> Result<Response<T>, Status> {
@@ -64,16 +78,9 @@ impl Chunk for ChunkService {
     async fn write(&self, request: Request<pb::WriteRequest>) -> Result<Response<pb::WriteResponse>, Status> {
         let request = request.into_inner();
         let result = async {
-            check_range(request.offset, request.data.len())?;
-            if request.data.is_empty() {
-                return Err(ReplicationError::Malformed("a write without data"));
-            }
-            let change = Change::Write {
-                offset: request.offset,
-                data: request.data,
-                crc: request.crc,
-            };
-            self.change(request.replica_set, request.epoch, request.chunk, change)
+            let change = Change::Write(wire::parts_from(request.parts)?);
+            let until = self.until(request.deadline)?;
+            self.change(request.replica_set, request.epoch, request.chunk, change, Some(until))
                 .await
         };
         self.counted(result.await.map(|()| pb::WriteResponse {}))
@@ -99,17 +106,26 @@ impl Chunk for ChunkService {
         let request = request.into_inner();
         let result = async {
             check_range(request.length, 0)?;
+            let until = self.until(request.deadline)?;
             let change = Change::Truncate(request.length);
-            self.change(request.replica_set, request.epoch, request.chunk, change)
+            self.change(request.replica_set, request.epoch, request.chunk, change, Some(until))
                 .await
         };
         self.counted(result.await.map(|()| pb::TruncateResponse {}))
     }
 
+    async fn clock(&self, _: Request<pb::ClockRequest>) -> Result<Response<pb::ClockResponse>, Status> {
+        Ok(Response::new(pb::ClockResponse {
+            clock: self.clock,
+            now_ms: boot_ms(),
+        }))
+    }
+
+    // Needs no deadline: the file is gone for good, and its number is never used again.
     async fn delete(&self, request: Request<pb::DeleteRequest>) -> Result<Response<pb::DeleteResponse>, Status> {
         let request = request.into_inner();
         let result = self
-            .change(request.replica_set, request.epoch, request.chunk, Change::Delete)
+            .change(request.replica_set, request.epoch, request.chunk, Change::Delete, None)
             .await;
         self.counted(result.map(|()| pb::DeleteResponse {}))
     }
@@ -131,7 +147,7 @@ impl ReplicaService {
 
     async fn member(&self, set: u32, name: &str) -> Result<Arc<super::Member>, ReplicationError> {
         if name != self.replicas.ctx.node.0 {
-            return Err(ReplicationError::WrongNode(lazarette_types::NodeId(name.to_owned())));
+            return Err(ReplicationError::WrongNode(NodeId(name.to_owned())));
         }
         // Without a lease this node may have been given up, and its disk exchanged.
         if !self.replicas.ctx.lease.valid() {
@@ -240,5 +256,19 @@ impl Replica for ReplicaService {
         self.counted(result.await.map(|present| pb::InstallResponse {
             present: wire::version_to(present),
         }))
+    }
+
+    async fn restore(&self, request: Request<pb::RestoreRequest>) -> Result<Response<pb::RestoreResponse>, Status> {
+        let request = request.into_inner();
+        let result = async {
+            let chunk = wire::chunk_from(request.chunk)?;
+            if request.member != self.replicas.ctx.node.0 {
+                return Err(ReplicationError::WrongNode(NodeId(request.member)));
+            }
+            let set = ReplicaSetId(request.replica_set);
+            let tenure = self.replicas.leader_of(set, request.epoch).await?;
+            tenure.restore(&NodeId(request.damaged), chunk).await
+        };
+        self.counted(result.await.map(|()| pb::RestoreResponse {}))
     }
 }

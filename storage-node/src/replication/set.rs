@@ -5,10 +5,11 @@ use super::tenure::Tenure;
 use super::{ChunkAccess, ChunkService, Counters, Dial, Member, ReplicaService, ReplicationConfig, ReplicationError};
 use crate::chunk::ChunkStore;
 use crate::membership::{ClusterView, Lease};
-use lazarette_metastore::{Keys, MetaStore};
+use lazarette_metastore::{Keys, MetaStore, ScrubRecord};
 use lazarette_proto::MAX_MESSAGE_BYTES;
 use lazarette_proto::chunk::chunk_server::ChunkServer;
 use lazarette_proto::chunk::replica_server::ReplicaServer;
+use lazarette_proto::clock::Clocks;
 use lazarette_types::{NodeId, ReplicaSetId};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -39,6 +40,8 @@ pub struct ReplicasParts {
     pub dial: Dial,
     /// Limits and times.
     pub config: ReplicationConfig,
+    /// Where the node's last process was with scrubbing.
+    pub scrub: ScrubRecord,
 }
 
 /// All replica sets that this node is a member of. A cheap handle.
@@ -49,6 +52,9 @@ pub struct ReplicasParts {
 pub struct Replicas {
     pub(crate) ctx: Arc<Context>,
     sets: Arc<Mutex<BTreeMap<ReplicaSetId, Arc<ReplicaSet>>>>,
+    /// All sets that this process was ever a member of: what a member has promised, and what is
+    /// under way in it, must be known when it becomes one again.
+    members: Arc<Mutex<BTreeMap<ReplicaSetId, Arc<Member>>>>,
 }
 
 /// Copying that is still to be done by this node for members that come back.
@@ -111,9 +117,11 @@ impl Replicas {
             lease: parts.lease,
             view: parts.view,
             links,
+            clocks: Clocks::default(),
             counters: Counters::default(),
             repairs: tokio::sync::Semaphore::new(parts.config.repair_in_flight.max(1)),
             repair_pace: tokio::sync::Mutex::default(),
+            scrub: Mutex::new(parts.scrub),
             hand_backs: tokio::sync::Semaphore::new(1),
             stopped: CancellationToken::new(),
             config: parts.config,
@@ -121,16 +129,19 @@ impl Replicas {
         let replicas = Self {
             ctx,
             sets: Arc::default(),
+            members: Arc::default(),
         };
         replicas.follow();
-        let (members, sweeper) = (replicas.clone(), replicas.clone());
+        let (members, sweeper, scrubber) = (replicas.clone(), replicas.clone(), replicas.clone());
         let stopped = replicas.ctx.stopped.clone();
         tokio::spawn(
             stopped
                 .clone()
                 .run_until_cancelled_owned(async move { members.follow_view().await }),
         );
-        tokio::spawn(stopped.run_until_cancelled_owned(async move { super::sweep::run(&sweeper.ctx).await }));
+        tokio::spawn(stopped.run_until_cancelled_owned(async move { super::sweep::run(&sweeper).await }));
+        let stopped = replicas.ctx.stopped.clone();
+        tokio::spawn(stopped.run_until_cancelled_owned(async move { super::scrub::run(&scrubber).await }));
         replicas
     }
 
@@ -159,6 +170,23 @@ impl Replicas {
     /// What this node has done so far.
     pub fn counters(&self) -> &Counters {
         &self.ctx.counters
+    }
+
+    /// How far scrubbing is, and what it has found since the process started.
+    pub fn scrub(&self) -> ScrubRecord {
+        let record = self.ctx.scrub.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        ScrubRecord {
+            found: self.ctx.counters.scrub_found.get(),
+            repaired: self.ctx.counters.scrub_repaired.get(),
+            lost: self.ctx.counters.scrub_lost.get(),
+            ..record
+        }
+    }
+
+    /// This node's time as primary of a set, if it is.
+    pub(crate) fn tenure(&self, id: ReplicaSetId) -> Option<Arc<Tenure>> {
+        let sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        sets.get(&id)?.tenure()
     }
 
     /// What this node still has to copy, in all.
@@ -206,7 +234,7 @@ impl Replicas {
         let is_member = |id: &ReplicaSetId| {
             view.replica_sets
                 .get(id)
-                .is_some_and(|set| set.record.members.contains(&self.ctx.node))
+                .is_some_and(|set| set.record.involves(&self.ctx.node))
         };
         sets.retain(|id, set| {
             let stays = is_member(id);
@@ -219,10 +247,9 @@ impl Replicas {
             if !is_member(id) || sets.contains_key(id) {
                 continue;
             }
-            let chunks = Arc::clone(&self.ctx.chunks);
             let set = Arc::new(ReplicaSet {
                 id: *id,
-                member: Arc::new(Member::new(*id, chunks, known.record.epoch)),
+                member: self.member(*id, known.record.epoch),
                 tenure: Mutex::default(),
                 removed: self.ctx.stopped.child_token(),
             });
@@ -239,6 +266,16 @@ impl Replicas {
             });
             sets.insert(*id, set);
         }
+    }
+
+    /// This node's copy of a set, which is at `epoch` or beyond.
+    pub(crate) fn member(&self, id: ReplicaSetId, epoch: u64) -> Arc<Member> {
+        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let member = members.entry(id).or_insert_with(|| {
+            let chunks = Arc::clone(&self.ctx.chunks);
+            Arc::new(Member::new(id, chunks, epoch))
+        });
+        Arc::clone(member)
     }
 
     /// A set that this node is a member of; waits a moment for this node to hear of it.

@@ -1,8 +1,8 @@
 //! What a primary does besides serving: ejects members that do not answer, brings back those that
 //! do, gives the set back to its first member.
 
-use super::configuration::{handed_over, without};
-use super::tenure::{Standing, Tenure};
+use super::configuration::{handed_over, same_but_members, without};
+use super::tenure::{Reconfigured, Standing, Tenure};
 use crate::membership::ClusterView;
 use lazarette_types::NodeId;
 use std::collections::BTreeMap;
@@ -18,6 +18,8 @@ const TICK: Duration = Duration::from_millis(100);
 const IDLE_TICK: Duration = Duration::from_millis(500);
 /// Longest pause between two attempts to bring a member back.
 const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How long a set must be undisturbed before a primary that is to leave it hands it over.
+const LEAVE_AFTER: Duration = Duration::from_secs(1);
 /// How long the deliveries under way may hold up a hand-back before it is given up.
 const DRAIN: Duration = Duration::from_secs(1);
 
@@ -48,11 +50,16 @@ impl Tenure {
             }
             self.note_deaths(&now, &mut dead_since);
             let unresponsive = self.unresponsive(&dead_since);
-            if !unresponsive.is_empty() {
-                self.eject(unresponsive, &mut dead_since).await;
+            if !unresponsive.is_empty() && self.eject(unresponsive.clone(), &mut dead_since).await {
+                self.ctx.counters.members_ejected.add(unresponsive.len() as u64);
+                let in_sync = self.state().record.record.in_sync.len();
+                tracing::warn!(
+                    replica_set = %self.set, epoch = self.epoch(), nodes = ?unresponsive, in_sync, "members ejected"
+                );
             }
             self.give_up_learners(&dead_since);
-            self.repair_members(&now, &mut repairs).await;
+            self.repair_members(&now, &mut repairs);
+            self.let_go(&now, &mut dead_since).await;
             self.hand_back(&now).await;
         }
         self.close("supervision ended");
@@ -65,7 +72,7 @@ impl Tenure {
     fn busy(&self) -> bool {
         let state = self.state();
         let record = &state.record.record;
-        record.in_sync.len() < record.members.len() || state.peers.values().any(|p| !p.pending.is_empty())
+        !record.settled() || state.peers.values().any(|p| !p.pending.is_empty())
     }
 
     /// Ends the tenure if another configuration is known than this tenure made.
@@ -74,10 +81,15 @@ impl Tenure {
         let Ok(_quiet) = self.reconfiguring.try_lock() else {
             return;
         };
-        let ours = self.state().record.mod_revision;
+        let mut state = self.state();
         match view.replica_sets.get(&self.set) {
-            Some(known) if known.mod_revision > ours => self.close("another configuration was made"),
-            Some(_) => {}
+            Some(known) if known.mod_revision <= state.record.mod_revision => {}
+            Some(known) if same_but_members(&known.record, &state.record.record) => {
+                tracing::info!(replica_set = %self.set, members = ?known.record.members, "members exchanged");
+                state.adopt(known.clone());
+                state.calm_since = Instant::now();
+            }
+            Some(_) => self.close("another configuration was made"),
             None => self.close("the replica set is gone"),
         }
     }
@@ -136,8 +148,9 @@ impl Tenure {
     ///
     /// From the first moment they count no more for acknowledgements. Then everything that was
     /// acknowledged with their help is delivered to those that remain; only then is the record
-    /// changed. So *Held* is true of the old and of the new configuration at every moment.
-    async fn eject(&self, mut nodes: Vec<NodeId>, dead_since: &mut BTreeMap<NodeId, Instant>) {
+    /// changed. So *Held* is true of the old and of the new configuration at every moment. Whether
+    /// it was changed.
+    async fn eject(&self, mut nodes: Vec<NodeId>, dead_since: &mut BTreeMap<NodeId, Instant>) -> bool {
         let _quiet = self.reconfiguring.lock().await;
         loop {
             let tails = {
@@ -156,7 +169,7 @@ impl Tenure {
                 break;
             }
             if self.closed.is_cancelled() {
-                return;
+                return false;
             }
             let view = Arc::clone(&self.ctx.view.borrow());
             self.note_deaths(&view, dead_since);
@@ -166,10 +179,33 @@ impl Tenure {
                 }
             }
         }
-        let next = without(&self.state().record.record, &nodes);
-        if self.reconfigure(&next).await {
-            self.ctx.counters.members_ejected.add(nodes.len() as u64);
-            tracing::warn!(replica_set = %self.set, epoch = next.epoch, ?nodes, in_sync = next.in_sync.len(), "members ejected");
+        loop {
+            match self.reconfigure(|record| without(record, &nodes)).await {
+                Reconfigured::Made => return true,
+                // Whom the coordinator wants as members makes no difference to who can be counted on.
+                Reconfigured::MembersChanged => {}
+                Reconfigured::Over => return false,
+            }
+        }
+    }
+
+    /// Lets nodes go that shall not hold the copies any more, once all that shall do and run.
+    async fn let_go(&self, view: &ClusterView, dead_since: &mut BTreeMap<NodeId, Instant>) {
+        let record = self.state().record.record.clone();
+        let leaving: Vec<_> = record
+            .leaving()
+            .filter(|node| **node != self.ctx.node)
+            .cloned()
+            .collect();
+        if leaving.is_empty()
+            || record.lacking().next().is_some()
+            || !record.members.iter().all(|node| view.live.contains_key(node))
+        {
+            return;
+        }
+        if self.eject(leaving.clone(), dead_since).await {
+            self.ctx.counters.members_exchanged.add(leaving.len() as u64);
+            tracing::info!(replica_set = %self.set, epoch = self.epoch(), ?leaving, "copies moved");
         }
     }
 
@@ -184,8 +220,9 @@ impl Tenure {
     }
 
     /// Starts to bring back members that run and are not in sync.
-    async fn repair_members(self: &Arc<Self>, view: &ClusterView, repairs: &mut BTreeMap<NodeId, Repair>) {
+    fn repair_members(self: &Arc<Self>, view: &ClusterView, repairs: &mut BTreeMap<NodeId, Repair>) {
         let record = self.state().record.record.clone();
+        repairs.retain(|node, repair| record.members.contains(node) || !repair.running.is_finished());
         for node in &record.members {
             if record.in_sync.contains(node) || !view.live.contains_key(node) {
                 if let Some(repair) = repairs.get(node)
@@ -223,16 +260,21 @@ impl Tenure {
     }
 
     /// Gives the set to its first member, which was chosen so that the primaries are spread evenly,
-    /// once all has been well for a while.
+    /// once all has been well for a while; sooner if this node is to leave the set.
     async fn hand_back(&self, view: &ClusterView) {
         let (record, calm) = {
             let state = self.state();
             (state.record.record.clone(), state.calm_since.elapsed())
         };
         let Some(first) = record.members.first() else { return };
+        let wait = if record.members.contains(&self.ctx.node) {
+            self.ctx.config.hand_back_after
+        } else {
+            self.ctx.config.hand_back_after.min(LEAVE_AFTER)
+        };
         if *first == self.ctx.node
-            || calm < self.ctx.config.hand_back_after
-            || record.in_sync.len() < record.members.len()
+            || calm < wait
+            || record.lacking().next().is_some()
             || !record.members.iter().all(|node| view.live.contains_key(node))
         {
             return;
@@ -245,8 +287,9 @@ impl Tenure {
         };
         self.draining.store(true, Ordering::Release);
         let until = Instant::now() + DRAIN;
+        // Reads need not end: what they find once the tenure is over is not answered.
         let idle = loop {
-            if self.state().slots.is_empty() {
+            if self.state().quiet() {
                 break true;
             }
             if Instant::now() > until {
@@ -263,7 +306,7 @@ impl Tenure {
         // Whatever comes of it, this tenure is over: if the record stays, the next one claims.
         self.close("handed back to the first member");
         let old = self.state().record.clone();
-        match self.ctx.swap(&old, &handed_over(&record, first)).await {
+        match self.ctx.swap(&old, &handed_over(&old.record, first)).await {
             Ok(_) => self.ctx.counters.hand_backs.inc(),
             Err(error) => tracing::warn!(replica_set = %self.set, %error, "handing back not answered"),
         }

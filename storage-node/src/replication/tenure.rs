@@ -1,4 +1,5 @@
-use super::context::{Context, Swap};
+use super::configuration::same_but_members;
+use super::context::{Context, Step};
 use super::operation::{Operation, Progress};
 use super::repair::Backlog;
 use super::{Member, ReplicationError};
@@ -149,6 +150,24 @@ impl State {
             .collect()
     }
 
+    /// Whether no change is under way, nor on its way to a peer.
+    pub(crate) fn quiet(&self) -> bool {
+        self.waiting.is_empty() && self.slots.values().all(|slot| slot.tails.is_empty())
+    }
+
+    /// Takes over a record in which the coordinator has, or may have, exchanged members.
+    pub(crate) fn adopt(&mut self, record: Versioned<ReplicaSetRecord>) {
+        // A learner may have been struck off and put back unnoticed, and have dropped its copies in
+        // between, even if the members are the same again. So what it was seen to have counts for
+        // nothing.
+        for p in self.peers.values() {
+            if matches!(p.standing, Standing::Learner | Standing::Admitting) {
+                p.peer.gone.cancel();
+            }
+        }
+        self.record = record;
+    }
+
     /// Members in sync that count for acknowledgements, and hold a change by its progress.
     fn holders(&self, progress: &Progress) -> usize {
         let others = progress
@@ -158,6 +177,17 @@ impl State {
             .count();
         others + usize::from(progress.local_done())
     }
+}
+
+/// What became of a step of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reconfigured {
+    /// It was made.
+    Made,
+    /// Not made: the coordinator has exchanged members meanwhile. Decide again.
+    MembersChanged,
+    /// The tenure is over.
+    Over,
 }
 
 /// What is known of a change that waits.
@@ -302,43 +332,51 @@ impl Tenure {
     }
 
     /// Replaces the configuration by one step of this tenure. The caller holds `reconfiguring`.
-    /// False: the tenure is over.
-    pub(crate) async fn reconfigure(&self, next: &ReplicaSetRecord) -> bool {
+    pub(crate) async fn reconfigure(&self, step: impl FnOnce(&ReplicaSetRecord) -> ReplicaSetRecord) -> Reconfigured {
         let old = self.state().record.clone();
-        match self.ctx.swap_until_known(&old, next, &self.closed).await {
-            Some(Swap::Made(record)) => {
-                let mut state = self.state();
-                state.record = record;
-                state.calm_since = Instant::now();
-                let removed: Vec<_> = state
-                    .peers
-                    .iter()
-                    .filter(|(node, p)| p.standing == Standing::Ejecting && !next.in_sync.contains(node))
-                    .map(|(node, _)| node.clone())
-                    .collect();
-                for node in removed {
-                    if let Some(p) = state.peers.remove(&node) {
-                        p.peer.gone.cancel();
-                    }
-                }
-                for (node, p) in &mut state.peers {
-                    if next.in_sync.contains(node) && p.standing == Standing::Admitting {
-                        p.standing = Standing::InSync;
-                    }
-                }
-                for operation in state.waiting.values() {
-                    operation.wake.notify_one();
-                }
-                drop(state);
-                self.changed.notify_waiters();
-                true
+        let next = step(&old.record);
+        let (record, exchanged) = match self.ctx.swap_until_known(&old, &next, &self.closed).await {
+            Some(Step::Made(record)) => (record, false),
+            Some(Step::Found(record)) => (record, true),
+            Some(Step::Lost(Some(found))) if same_but_members(&found.record, &old.record) => {
+                self.state().adopt(found);
+                return Reconfigured::MembersChanged;
             }
-            Some(Swap::Lost(_)) => {
+            Some(Step::Lost(_)) => {
                 self.close("another configuration was made");
-                false
+                return Reconfigured::Over;
             }
-            None => false,
+            None => return Reconfigured::Over,
+        };
+        let mut state = self.state();
+        state.calm_since = Instant::now();
+        let removed: Vec<_> = state
+            .peers
+            .iter()
+            .filter(|(node, p)| p.standing == Standing::Ejecting && !next.in_sync.contains(node))
+            .map(|(node, _)| node.clone())
+            .collect();
+        for node in removed {
+            if let Some(p) = state.peers.remove(&node) {
+                p.peer.gone.cancel();
+            }
         }
+        for (node, p) in &mut state.peers {
+            if next.in_sync.contains(node) && p.standing == Standing::Admitting {
+                p.standing = Standing::InSync;
+            }
+        }
+        if exchanged {
+            state.adopt(record);
+        } else {
+            state.record = record;
+        }
+        for operation in state.waiting.values() {
+            operation.wake.notify_one();
+        }
+        drop(state);
+        self.changed.notify_waiters();
+        Reconfigured::Made
     }
 
     /// Puts a good copy in the place of this node's damaged one of a chunk.

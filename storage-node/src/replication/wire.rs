@@ -1,8 +1,8 @@
 //! Between the protocol's messages and the types of this crate.
 
 use super::ReplicationError;
-use crate::chunk::{Change, ChunkSummary};
-use lazarette_proto::chunk as pb;
+use crate::chunk::{Change, ChunkSummary, Part, Parts};
+use lazarette_proto::{MAX_WRITE_PARTS, chunk as pb};
 use lazarette_types::{ChunkId, InodeId, Version, VolumeId};
 
 pub(super) fn chunk_to(chunk: ChunkId) -> Option<pb::ChunkId> {
@@ -40,13 +40,30 @@ pub(super) fn version_from(version: Option<pb::Version>) -> Version {
     })
 }
 
+pub(super) fn parts_to(parts: &Parts) -> Vec<pb::WritePart> {
+    let part = |part: &Part| pb::WritePart {
+        offset: part.offset,
+        data: part.data.clone(),
+        crc: part.crc,
+    };
+    parts.iter().map(part).collect()
+}
+
+pub(super) fn parts_from(parts: Vec<pb::WritePart>) -> Result<Parts, ReplicationError> {
+    if parts.len() > MAX_WRITE_PARTS {
+        return Err(ReplicationError::Malformed("a write of more than 512 parts"));
+    }
+    let part = |part: pb::WritePart| Part {
+        offset: part.offset,
+        data: part.data,
+        crc: part.crc,
+    };
+    Parts::new(parts.into_iter().map(part).collect()).map_err(ReplicationError::Malformed)
+}
+
 pub(super) fn change_to(change: &Change) -> Option<pb::apply_request::Change> {
     Some(match change {
-        Change::Write { offset, data, crc } => pb::apply_request::Change::Write(pb::WriteChange {
-            offset: *offset,
-            data: data.clone(),
-            crc: *crc,
-        }),
+        Change::Write(parts) => pb::apply_request::Change::Write(pb::WriteChange { parts: parts_to(parts) }),
         Change::Truncate(length) => pb::apply_request::Change::Truncate(*length),
         Change::Delete => pb::apply_request::Change::Delete(true),
     })
@@ -54,11 +71,7 @@ pub(super) fn change_to(change: &Change) -> Option<pb::apply_request::Change> {
 
 pub(super) fn change_from(change: Option<pb::apply_request::Change>) -> Result<Change, ReplicationError> {
     match change {
-        Some(pb::apply_request::Change::Write(write)) => Ok(Change::Write {
-            offset: write.offset,
-            data: write.data,
-            crc: write.crc,
-        }),
+        Some(pb::apply_request::Change::Write(write)) => Ok(Change::Write(parts_from(write.parts)?)),
         Some(pb::apply_request::Change::Truncate(length)) => Ok(Change::Truncate(length)),
         Some(pb::apply_request::Change::Delete(true)) => Ok(Change::Delete),
         Some(pb::apply_request::Change::Delete(false)) | None => Err(ReplicationError::Malformed("change is missing")),

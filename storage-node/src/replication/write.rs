@@ -1,9 +1,10 @@
 //! The primary's write path: order, deliver, acknowledge.
 
 use super::operation::{Local, Operation};
-use super::tenure::{Peer, PeerState, Settled, Standing, Tenure, WriteTurn};
+use super::tenure::{Peer, PeerState, Settled, Standing, State, Tenure, WriteTurn};
 use super::{Member, ReplicationError};
-use crate::chunk::{Change, ChunkError, DAMAGED, crc32c};
+use crate::chunk::{Change, ChunkError, Contents, DAMAGED, MAX_CHUNK_LENGTH, check_parts};
+use lazarette_proto::clock::boot_ms;
 use lazarette_types::{ChunkId, ErrorCode, NodeId, Version};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,22 +12,31 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+/// How long after it could not be taken back a change that others have no space for is looked at again.
+const TAKE_BACK_AGAIN: Duration = Duration::from_millis(100);
+
 impl Tenure {
-    /// Makes a change and returns when it is durable on `ack` members that stay in sync.
+    /// Makes a change and returns when it is durable on `ack` members that stay in sync. A change that has
+    /// not got its turn at `until`, on [`boot_ms`], is not made: somebody else may have the right to the chunk
+    /// by then, and whoever gets a turn later is ordered behind those who had one before.
     ///
     /// A caller that leaves while the change waits for its turn takes it back: so a client that
     /// gives up and tries again is not overtaken by its own former attempt. Once begun it goes on
     /// without the caller: a half-made change is nobody's.
-    pub(crate) async fn change(self: &Arc<Self>, chunk: ChunkId, change: Change) -> Result<(), ReplicationError> {
-        if let Change::Write { data, crc, .. } = &change
-            && crc32c(data) != *crc
-        {
-            let found = crc32c(data);
-            let expected = *crc;
-            return Err(ChunkError::DamagedInTransit { chunk, expected, found }.into());
+    pub(crate) async fn change(
+        self: &Arc<Self>,
+        chunk: ChunkId,
+        change: Change,
+        until: Option<u64>,
+    ) -> Result<(), ReplicationError> {
+        if let Change::Write(parts) = &change {
+            check_parts(chunk, parts)?;
         }
         self.room().await?;
         let turn = self.turn_to_write(chunk).await;
+        if until.is_some_and(|until| boot_ms() >= until) {
+            return Err(ReplicationError::Late);
+        }
         let tenure = Arc::clone(self);
         tokio::spawn(async move { tenure.change_in_turn(chunk, change, turn).await })
             .await
@@ -52,8 +62,9 @@ impl Tenure {
             tenure: &self,
             operation: &operation,
         };
-        let result = self.carry_out(&operation, turn).await;
+        let result = self.carry_out(&operation).await;
         self.state().waiting.remove(&operation.version.sequence);
+        drop(turn);
         if result.is_ok() {
             self.ctx.counters.changes_acknowledged.inc();
         }
@@ -141,11 +152,16 @@ impl Tenure {
         let is_lost = state.lost.contains(&chunk);
         match change {
             // Every member in sync has what this one has, so nobody has it.
-            Change::Delete if previous == Version::NONE && !is_lost => return Ok(None),
+            Change::Delete | Change::Truncate(_) if previous == Version::NONE && !is_lost => return Ok(None),
             Change::Delete => {}
             _ if is_lost => return Err(ReplicationError::NoGoodCopy(chunk)),
             _ => {}
         }
+        Ok(Some(self.order(state, chunk, previous, change)))
+    }
+
+    /// Gives a change the next version and starts its delivery.
+    fn order(self: &Arc<Self>, state: &mut State, chunk: ChunkId, previous: Version, change: Change) -> Arc<Operation> {
         state.sequence += 1;
         let sequence = state.sequence;
         let version = Version {
@@ -168,11 +184,11 @@ impl Tenure {
             };
             tokio::spawn(delivery.run(before));
         }
-        Ok(Some(operation))
+        operation
     }
 
     /// Makes the change here and waits for the others.
-    async fn carry_out(&self, operation: &Arc<Operation>, turn: WriteTurn) -> Result<(), ReplicationError> {
+    async fn carry_out(self: &Arc<Self>, operation: &Arc<Operation>) -> Result<(), ReplicationError> {
         if let Err(error) = self.apply_here(operation).await {
             operation.set_local(Local::Undone);
             self.ctx.counters.changes_undone.inc();
@@ -180,6 +196,7 @@ impl Tenure {
                 // It may be there or not after a restart; only a recovery can tell.
                 self.close("the chunk store has failed");
             }
+            self.supersede(operation, None).await?;
             return Err(error);
         }
         operation.set_local(Local::Done);
@@ -187,7 +204,6 @@ impl Tenure {
             match self.settled(operation) {
                 Settled::NotYet => {}
                 Settled::Acknowledged => {
-                    drop(turn);
                     if operation.everywhere() {
                         self.state().lost.remove(&operation.chunk);
                     }
@@ -201,8 +217,16 @@ impl Tenure {
                     });
                 }
                 Settled::Refused => {
-                    self.take_back(operation).await;
-                    return Err(ChunkError::NoSpace.into());
+                    if let Some(before) = self.contents_before(operation).await {
+                        operation.set_local(Local::Undone);
+                        self.ctx.counters.changes_undone.inc();
+                        self.supersede(operation, Some(before)).await?;
+                        return Err(ChunkError::NoSpace.into());
+                    }
+                    // It can be neither made nor denied now.
+                    tokio::time::sleep(TAKE_BACK_AGAIN).await;
+                    self.check_open()?;
+                    continue;
                 }
             }
             tokio::select! {
@@ -210,6 +234,51 @@ impl Tenure {
                 () = self.closed.cancelled() => return Err(ReplicationError::NotPrimary(self.set)),
             }
         }
+    }
+
+    /// Takes a change back that this node or too many others cannot make: orders what was there before as a
+    /// new version, and returns when all members that count have that. Until then nobody reads the chunk and
+    /// nobody hears that the change is refused, as it may have been made by some, or be on its way to them: a
+    /// later primary would take it for the newest, or they would make it after all if they were merely brought
+    /// back to the version that it follows. `before` are the contents to go back to, if this node has made it.
+    async fn supersede(
+        self: &Arc<Self>,
+        refused: &Operation,
+        before: Option<Contents>,
+    ) -> Result<(), ReplicationError> {
+        self.check_open()?;
+        // Changes nothing but the version, and needs no space. What did not exist is empty then.
+        let length = if refused.previous == Version::NONE {
+            0
+        } else {
+            MAX_CHUNK_LENGTH
+        };
+        let change = Change::Truncate(length);
+        let operation = self.order(&mut self.state(), refused.chunk, refused.previous, change);
+        let _resolved = Resolved {
+            tenure: self,
+            operation: &operation,
+        };
+        let made = match before {
+            None => self.apply_here(&operation).await,
+            Some(before) => self.install_here(refused, &operation, before).await,
+        };
+        let result = match made {
+            Ok(()) => {
+                operation.set_local(Local::Done);
+                self.arrived(operation.chunk).await;
+                self.check_open()
+            }
+            Err(error) => {
+                operation.set_local(Local::Undone);
+                tracing::warn!(replica_set = %self.set, chunk = %operation.chunk, %error, "a refused change cannot be taken back");
+                // A recovery makes it everywhere, or nowhere.
+                self.close("a refused change cannot be taken back");
+                Err(ReplicationError::NotPrimary(self.set))
+            }
+        };
+        self.state().waiting.remove(&operation.version.sequence);
+        result
     }
 
     async fn apply_here(&self, operation: &Operation) -> Result<(), ReplicationError> {
@@ -244,18 +313,13 @@ impl Tenure {
         }
     }
 
-    /// Brings this node's copy back to what it was before a change that others cannot make, from
-    /// one of them. If that fails, the change stays: not acknowledged, but not denied either.
-    async fn take_back(&self, operation: &Operation) {
+    /// What a chunk was before a change that others have no space for, from one of them.
+    async fn contents_before(&self, operation: &Operation) -> Option<Contents> {
+        if operation.previous == Version::NONE {
+            return Some(Contents::new(Version::NONE, bytes::Bytes::new()));
+        }
         let refused = operation.progress().refused.clone();
-        let mut taken_back = operation.previous == Version::NONE && {
-            let none = crate::chunk::Contents::new(Version::NONE, bytes::Bytes::new());
-            self.install_here(operation, none).await
-        };
         for node in refused {
-            if taken_back {
-                break;
-            }
             let fetched = self
                 .ctx
                 .links
@@ -264,30 +328,37 @@ impl Tenure {
             if let Ok(contents) = fetched
                 && contents.version == operation.previous
             {
-                taken_back = self.install_here(operation, contents).await;
+                return Some(contents);
             }
         }
-        if taken_back {
-            operation.set_local(Local::Undone);
-            self.ctx.counters.changes_undone.inc();
-        } else {
-            tracing::warn!(replica_set = %self.set, chunk = %operation.chunk, "a change that backups have no space for stays");
-        }
+        tracing::warn!(replica_set = %self.set, chunk = %operation.chunk, "a change that backups have no space for waits");
+        None
     }
 
-    async fn install_here(&self, operation: &Operation, contents: crate::chunk::Contents) -> bool {
+    /// Puts contents under the version of an operation in the place of a change that was made here.
+    async fn install_here(
+        &self,
+        made: &Operation,
+        operation: &Operation,
+        contents: Contents,
+    ) -> Result<(), ReplicationError> {
         let present = self
             .member
             .install(
                 self.epoch(),
                 operation.chunk,
-                operation.after(),
-                contents.version,
+                made.after(),
+                operation.version,
                 contents.data,
                 contents.crc,
             )
-            .await;
-        matches!(present, Ok(version) if version == contents.version)
+            .await?;
+        if present == operation.version {
+            return Ok(());
+        }
+        Err(ReplicationError::Internal(
+            "its own copy of a chunk was changed by another".into(),
+        ))
     }
 
     /// Makes a member's copy of a chunk equal to this node's. `present` is the version it has, as
@@ -397,45 +468,43 @@ impl Delivery {
 
     async fn try_once(&self) -> Result<(), ReplicationError> {
         let (tenure, operation, node) = (&self.tenure, &*self.operation, &self.peer.node);
-        if !operation.undone() {
-            let sent = tenure
-                .ctx
-                .links
-                .apply(
-                    node,
-                    tenure.set,
-                    tenure.epoch(),
-                    operation.chunk,
-                    (operation.previous, operation.version),
-                    &operation.change,
-                )
-                .await;
-            let present = match sent {
-                Ok(present) => present,
-                // Its copy is damaged, so whatever it has is to be replaced.
-                Err(error) if error.code() == ErrorCode::Corrupt => {
-                    tracing::warn!(replica_set = %tenure.set, chunk = %operation.chunk, %error, "a backup's copy is damaged");
-                    return self.replace(operation.previous).await;
-                }
-                Err(error) => return Err(error),
-            };
-            let made = match operation.change {
-                Change::Delete => present == Version::NONE,
-                // A later version of this tenure contains this change: the copy was replaced.
-                _ => present == operation.version || (present > operation.version && tenure.is_own(present)),
-            };
-            if !made {
-                return self.replace(present).await;
-            }
-            self.peer.full.store(false, Ordering::Relaxed);
-            operation.acked_by(node);
-            // What follows builds on what this node has: only now is that certain.
-            operation.local_over.cancelled().await;
-            if !operation.undone() {
-                return Ok(());
-            }
+        if operation.undone() {
+            // What was ordered instead comes next.
+            return Ok(());
         }
-        tenure.equalize(node, operation.chunk, operation.after()).await?;
+        let sent = tenure
+            .ctx
+            .links
+            .apply(
+                node,
+                tenure.set,
+                tenure.epoch(),
+                operation.chunk,
+                (operation.previous, operation.version),
+                &operation.change,
+            )
+            .await;
+        let present = match sent {
+            Ok(present) => present,
+            // Its copy is damaged, so whatever it has is to be replaced.
+            Err(error) if error.code() == ErrorCode::Corrupt => {
+                tracing::warn!(replica_set = %tenure.set, chunk = %operation.chunk, %error, "a backup's copy is damaged");
+                return self.replace(operation.previous).await;
+            }
+            Err(error) => return Err(error),
+        };
+        let made = match operation.change {
+            Change::Delete => present == Version::NONE,
+            // A later version of this tenure contains this change: the copy was replaced.
+            _ => present == operation.version || (present > operation.version && tenure.is_own(present)),
+        };
+        if !made {
+            return self.replace(present).await;
+        }
+        self.peer.full.store(false, Ordering::Relaxed);
+        operation.acked_by(node);
+        // What follows builds on what this node has: only now is that certain.
+        operation.local_over.cancelled().await;
         Ok(())
     }
 
@@ -457,10 +526,11 @@ impl Delivery {
         }
         tenure.ctx.counters.version_mismatches.inc();
         operation.local_over.cancelled().await;
-        tenure.equalize(node, operation.chunk, present).await?;
-        if !operation.undone() {
-            operation.acked_by(node);
+        if operation.undone() {
+            return Ok(());
         }
+        tenure.equalize(node, operation.chunk, present).await?;
+        operation.acked_by(node);
         Ok(())
     }
 }

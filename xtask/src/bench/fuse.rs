@@ -1,10 +1,10 @@
 //! The FUSE session layer beside other pass-through file systems.
 
+use super::disk::Disk;
 use super::drop_caches;
-use super::rivals::{self, Control, Disk, Mounted, System};
+use super::rivals::{self, Control, Mounted, System};
 use anyhow::{Context, Result, bail, ensure};
 use lazarette_workload::{Phase, Work};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fs;
 use std::path::PathBuf;
 
@@ -13,6 +13,9 @@ pub(super) struct Args {
     /// How often every row is measured; the median counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Only rows whose names contain this, and those that they need files of
+    #[arg(long, default_value = "")]
+    only: String,
     /// Where the files live; must not exist
     #[arg(long, default_value = "/var/tmp/lazarette-bench-fuse")]
     dir: PathBuf,
@@ -39,6 +42,14 @@ struct Row {
     before: Before,
 }
 
+impl Row {
+    /// Whether its files lie in memory: making a name in a file system of a disk takes longer than all of FUSE,
+    /// and in different places of it differently long.
+    fn in_memory(&self) -> bool {
+        !matches!(self.phase, Phase::StreamWrite | Phase::StreamRead | Phase::RandomRead)
+    }
+}
+
 const fn row(
     name: &'static str,
     phase: Phase,
@@ -57,6 +68,9 @@ const fn row(
     }
 }
 
+/// Bytes of the file systems that everything lies on.
+const DISK: u64 = 8 << 30;
+const MEMORY: u64 = 1 << 30;
 /// Files of a row: a pass-through holds a descriptor of each, and many machines allow 20000.
 const FILES: usize = 12_000;
 /// Small files with content.
@@ -239,33 +253,38 @@ pub(super) async fn run(args: Args) -> Result<()> {
 }
 
 async fn prepare_and_measure(args: &Args) -> Result<()> {
-    allow_many_files()?;
-    let disk = Disk::mount(&args.dir).await?;
-    let systems = rivals::all(&args.dir, &disk).await?;
+    super::allow_many_files()?;
+    let places = [
+        (true, Disk::in_memory(&args.dir, MEMORY)?),
+        (false, Disk::mount(&args.dir, DISK).await?),
+    ];
     let control = Control::mount(args.dir.join("connections"))?;
-    let measured = tokio::select! {
-        measured = measure(&systems, &control, args.rounds) => measured,
-        signal = tokio::signal::ctrl_c() => signal.context("wait for signals").and_then(|()| bail!("interrupted")),
-    };
-    for system in &systems {
-        system.unmount().await?;
+    let mut results = Vec::new();
+    let mut systems = Vec::new();
+    for (in_memory, place) in &places {
+        systems = rivals::all(&args.dir, place).await?;
+        results.resize_with(systems.len(), Results::default);
+        let measured = tokio::select! {
+            measured = measure(&systems, &control, args, *in_memory, &mut results) => measured,
+            signal = tokio::signal::ctrl_c() => signal.context("wait for signals").and_then(|()| bail!("interrupted")),
+        };
+        for system in &systems {
+            system.unmount().await?;
+        }
+        measured?;
     }
-    print(&systems, &measured?, args.rounds)
-}
-
-/// A pass-through holds descriptors of the files that the kernel knows.
-fn allow_many_files() -> Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    Ok(setrlimit(Resource::Nofile, raised)?)
+    print(&systems, &results, args.rounds)
 }
 
 /// Systems take turns at every row, each round with another one first.
-async fn measure(systems: &[System], control: &Control, rounds: u32) -> Result<Vec<Results>> {
-    let mut results: Vec<_> = systems.iter().map(|_| Results::default()).collect();
+async fn measure(
+    systems: &[System],
+    control: &Control,
+    args: &Args,
+    in_memory: bool,
+    results: &mut [Results],
+) -> Result<()> {
+    let rounds = args.rounds;
     for round in 0..rounds as usize {
         let mut mounted = Vec::new();
         for system in systems {
@@ -273,6 +292,10 @@ async fn measure(systems: &[System], control: &Control, rounds: u32) -> Result<V
             mounted.push(system.mount(control).await?);
         }
         for (number, row) in ROWS.iter().enumerate() {
+            let mut later = ROWS[number..].iter().filter(|later| later.folder == row.folder);
+            if row.in_memory() != in_memory || !later.any(|later| later.name.contains(&args.only)) {
+                continue;
+            }
             eprintln!("round {} of {rounds}: {}", round + 1, row.name);
             for turn in 0..systems.len() {
                 let turn = (turn + round) % systems.len();
@@ -289,12 +312,12 @@ async fn measure(systems: &[System], control: &Control, rounds: u32) -> Result<V
                 result.samples[number].push(sample(system, server, row).await?);
             }
         }
-        for ((system, server), result) in systems.iter().zip(&mounted).zip(&mut results) {
+        for ((system, server), result) in systems.iter().zip(&mounted).zip(&mut *results) {
             result.note_memory(server)?;
             system.unmount().await?;
         }
     }
-    Ok(results)
+    Ok(())
 }
 
 async fn sample(system: &System, server: &Mounted, row: &Row) -> Result<Sample> {
@@ -307,6 +330,7 @@ async fn sample(system: &System, server: &Mounted, row: &Row) -> Result<Sample> 
         dir,
         processes: row.processes,
         count: row.total / row.processes,
+        limit: None,
     };
     server.settle().await?;
     let before = server.processor()?;
@@ -349,6 +373,9 @@ impl Results {
     }
 }
 
+/// Whose rate is divided by whose, by the places of the systems.
+const RATIOS: [(usize, usize); 3] = [(2, 0), (2, 1), (3, 0)];
+
 fn print(systems: &[System], results: &[Results], rounds: u32) -> Result<()> {
     let load = fs::read_to_string("/proc/loadavg")?;
     println!("{rounds} rounds; load average at the end {}", load.trim());
@@ -356,26 +383,25 @@ fn print(systems: &[System], results: &[Results], rounds: u32) -> Result<()> {
         let memory = result.peak_memory as f64 / f64::from(1 << 20);
         println!("- {}: {}; at most {memory:.1} MiB resident", system.name, system.about);
     }
-    let Some((ours, theirs)) = results.split_last() else {
-        bail!("no results");
-    };
     let names = |what: &str| {
         systems
             .iter()
             .map(|system| format!(" {}{what} |", system.name))
             .collect::<String>()
     };
-    let ratios: String = systems[..theirs.len()]
-        .iter()
-        .map(|system| format!(" ours to {} |", system.name))
-        .collect();
+    let ratios: String = RATIOS
+        .map(|(one, other)| format!(" {} to {} |", systems[one].name, systems[other].name))
+        .concat();
     println!("\n| row |{}{ratios}{}", names(", /s"), names(", CPU µs"));
-    println!("|---|{}", "--:|".repeat(2 * systems.len() + theirs.len()));
+    println!("|---|{}", "--:|".repeat(2 * systems.len() + RATIOS.len()));
     for (number, row) in ROWS.iter().enumerate() {
+        if results[0].samples[number].is_empty() {
+            continue;
+        }
         let rates = results
             .iter()
             .map(|result| format!(" {:.0} |", result.median(number, |sample| sample.rate)));
-        let ratios = theirs.iter().map(|result| format!(" {} |", ours.ratio(result, number)));
+        let ratios = RATIOS.map(|(one, other)| format!(" {} |", results[one].ratio(&results[other], number)));
         let costs = results
             .iter()
             .map(|result| format!(" {:.1} |", result.median(number, |sample| sample.processor)));

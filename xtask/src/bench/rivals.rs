@@ -1,5 +1,6 @@
 //! The pass-through file systems that are compared, each over a folder of its own on the same disk.
 
+use super::disk::Disk;
 use anyhow::{Context, Result, ensure};
 use lazarette_e2e::process::{Daemon, Process, stop};
 use lazarette_e2e::{Deadline, build, cmd, debian, wait_for};
@@ -15,8 +16,6 @@ use std::time::Duration;
 const BACKGROUND: (u32, u32) = (64, 48);
 /// Processor time in /proc is in 1/100 s on every machine.
 const TICK: Duration = Duration::from_millis(10);
-/// Bytes of the file system that everything lies on.
-const DISK: u64 = 16 << 30;
 const LIMIT: Duration = Duration::from_secs(60);
 
 const EXAMPLES: &str = "/usr/share/doc/libfuse3-dev/examples";
@@ -61,7 +60,8 @@ pub(super) struct System {
     mountpoint: PathBuf,
 }
 
-/// Installs, builds and describes all of them: the one that others are compared with first.
+/// Installs, builds and describes all of them: libfuse's, bindfs, ours as it is and ours without
+/// FUSE_PASSTHROUGH.
 pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
     debian::ensure(&["bindfs", "libfuse3-dev", "fuse3", "pkg-config", "gcc", "libc6-dev"]).await?;
     let libfuse = cmd!["pkg-config", "--modversion", "fuse3"].run().await?;
@@ -72,7 +72,7 @@ pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
         program,
         arguments,
         state: dir.to_owned(),
-        source: disk.folder.join(name),
+        source: disk.folder().join(name),
         mountpoint: dir.join("mounted").join(name),
     };
     let ours = build_ours().await?.join("examples/passthrough");
@@ -100,8 +100,14 @@ pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
         system(
             "lazarette-fuse",
             "the example passthrough of lazarette-fuse",
-            ours,
+            ours.clone(),
             |source, mountpoint| vec![source.into(), mountpoint.into()],
+        ),
+        system(
+            "served",
+            "the same, with large files read and written through it, not by the kernel itself",
+            ours,
+            |source, mountpoint| vec![source.into(), mountpoint.into(), "--serve-all".into()],
         ),
     ])
 }
@@ -112,17 +118,10 @@ pub(super) fn workload() -> PathBuf {
 }
 
 /// Builds the example and the workload, optimised; returns the folder they are in.
-async fn build_ours() -> Result<PathBuf> {
+pub(super) async fn build_ours() -> Result<PathBuf> {
     let packages = ["--package", "lazarette-fuse", "--package", "lazarette-workload"];
-    cmd!["cargo", "build", "--release", "--quiet"]
-        .args(packages)
-        .args(["--example", "passthrough", "--bin", "lazarette-workload"])
-        .cwd(build::workspace_root())
-        .limit(Duration::from_secs(3000))
-        .run()
-        .await
-        .context("build the example and the workload")?;
-    Ok(build::release_dir())
+    let targets = ["--example", "passthrough", "--bin", "lazarette-workload"];
+    build::release(packages.into_iter().chain(targets)).await
 }
 
 async fn build_passthrough_ll(dir: &Path) -> Result<PathBuf> {
@@ -201,6 +200,10 @@ impl System {
 }
 
 impl Mounted {
+    pub(super) fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// Waits until every request is answered: closing a file is so only after close(2) has returned.
     pub(super) async fn settle(&self) -> Result<()> {
         let deadline = Deadline::after(LIMIT).every(Duration::from_millis(1));
@@ -229,37 +232,6 @@ impl Mounted {
             .and_then(|line| line.split_whitespace().next())
             .context("no VmHWM")?;
         Ok(kib.parse::<u64>()? << 10)
-    }
-}
-
-/// A new XFS in a file, mounted as long as this lives. The machine's own file system may be one that
-/// creates files in very different times, as ext4 without a journal soon after many were deleted.
-pub(super) struct Disk {
-    folder: PathBuf,
-}
-
-impl Disk {
-    pub(super) async fn mount(dir: &Path) -> Result<Self> {
-        debian::ensure(&["xfsprogs"]).await?;
-        let (image, folder) = (dir.join("disk.image"), dir.join("disk"));
-        fs::create_dir_all(&folder)?;
-        fs::File::create_new(&image)?.set_len(DISK)?;
-        cmd!["mkfs.xfs", "-q", &image].run().await?;
-        // Without a second page cache below it.
-        let device = cmd!["losetup", "--find", "--show", "--direct-io=on", &image]
-            .run()
-            .await?;
-        let mounted = cmd!["mount", "-o", "noatime", device.trim(), &folder].run().await;
-        // Which is when it is unmounted, if it is mounted.
-        cmd!["losetup", "--detach", device.trim()].run().await?;
-        mounted?;
-        Ok(Self { folder })
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.folder, UnmountFlags::DETACH);
     }
 }
 

@@ -2,7 +2,7 @@
 //! faults on demand. It has no durability and no replication; it is the other side of the wire for
 //! tests of the client and of what builds on it.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod namespace;
 mod service;
@@ -17,6 +17,7 @@ use namespace::Namespace;
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
@@ -33,6 +34,8 @@ pub enum Fault {
     Refuse(ErrorCode),
     /// Done, but the answer is lost.
     LoseReply,
+    /// Writes only: the connection is lost at once, and the request arrives after this time.
+    ComeLate(Duration),
     /// Answered never: the request hangs until the client gives up or the test ends.
     Hang,
     /// Reads only: the data is damaged on the way.
@@ -42,8 +45,10 @@ pub enum Fault {
 /// Which requests a fault meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum At {
-    /// `Meta.Call`.
+    /// `Meta.Call`, but for reports alone.
     Call,
+    /// `Meta.Call` with nothing but a report of opens and closes.
+    Report,
     /// `Meta.KeepAlive`.
     KeepAlive,
     /// `Chunk.Write`.
@@ -64,6 +69,8 @@ pub(crate) struct World {
     pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) ttl_ms: u32,
     pub(crate) counts: HashMap<At, u64>,
+    /// Of writes that came late, whether each was made.
+    pub(crate) came_late: Vec<bool>,
     pub(crate) registrations: Vec<Vec<u64>>,
 }
 
@@ -105,6 +112,33 @@ pub struct TestCluster {
     servers: Mutex<Vec<CancellationToken>>,
 }
 
+/// Mounts [`VOLUME`], so that it flushes only when asked or full.
+///
+/// # Panics
+/// If it cannot be mounted.
+pub async fn mount(cluster: &TestCluster) -> crate::Volume {
+    let options = crate::VolumeOptions {
+        flush_after: Duration::from_secs(3600),
+        ..crate::VolumeOptions::default()
+    };
+    let cluster = crate::Cluster::connect(cluster.endpoints()).unwrap();
+    crate::Volume::mount(&cluster, VOLUME, options).await.unwrap()
+}
+
+/// Waits for a state.
+///
+/// # Panics
+/// If it has not come after a generous time.
+pub async fn eventually(what: &str, mut state: impl FnMut() -> bool) {
+    for _ in 0..3000 {
+        if state() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("never happened: {what}");
+}
+
 impl TestCluster {
     /// Starts this many nodes. All replica sets have copies everywhere, so any node can be primary.
     pub async fn start(nodes: usize) -> Self {
@@ -137,6 +171,7 @@ impl TestCluster {
                 .collect(),
             ttl_ms: 3000,
             counts: HashMap::new(),
+            came_late: Vec::new(),
             registrations: Vec::new(),
         };
         let cluster = Self {
@@ -190,6 +225,11 @@ impl TestCluster {
         self.shared.world().faults.entry(at).or_default().push_back(fault);
     }
 
+    /// Of the writes that came late so far, whether each was made.
+    pub fn came_late(&self) -> Vec<bool> {
+        self.shared.world().came_late.clone()
+    }
+
     /// How many faults have not been met yet.
     pub fn pending_faults(&self) -> usize {
         self.shared.world().faults.values().map(VecDeque::len).sum()
@@ -207,6 +247,7 @@ impl TestCluster {
             let mut world = self.shared.world();
             world.owner = node;
             world.owner_epoch += 1;
+            world.namespace.change_owner();
         }
         if tell {
             self.shared.map.send_modify(|version| *version += 1);
@@ -253,6 +294,16 @@ impl TestCluster {
     pub fn expire_sessions(&self) {
         self.shared.world().namespace.expire_sessions();
         self.shared.changed.notify_waiters();
+    }
+
+    /// Sets how long a sole client may use what it is told.
+    pub fn set_cache_ttl(&self, ttl: Duration) {
+        self.shared.world().namespace.cache_ttl = ttl;
+    }
+
+    /// Inodes that the owner has as open, over all sessions.
+    pub fn open_inodes(&self) -> Vec<u64> {
+        self.shared.world().namespace.open_inodes()
     }
 
     /// Sets the sessions' time to live, for sessions opened from now on.

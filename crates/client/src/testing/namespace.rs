@@ -2,12 +2,13 @@
 
 use bytes::Bytes;
 use lazarette_proto::meta::{
-    Attr, Create, DirEntry, Done, Kind, LockKind, LockMode, LockRange, ReadDirReply, Rename, Request, Response,
-    SetAttr, StatFsReply, XattrNames, request::Op, response::Result as Reply,
+    AppendTurn, Attr, Create, DirEntry, Done, Extend, Handles, Kind, LockKind, LockMode, LockRange, Missing,
+    ReadDirReply, Rename, Request, Response, SetAttr, StatFsReply, XattrNames, request::Op, response::Result as Reply,
 };
 use lazarette_types::ErrorCode;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::time::Instant;
 
 type Outcome = Result<Reply, ErrorCode>;
 
@@ -17,6 +18,8 @@ struct Node {
     next_cookie: u64,
     target: Bytes,
     xattrs: BTreeMap<Bytes, Bytes>,
+    /// The change that last cut its chunks.
+    cut: u64,
     opens: HashSet<u64>,
 }
 
@@ -28,6 +31,17 @@ pub(crate) struct Namespace {
     acknowledged: HashMap<u64, u64>,
     locks: HashMap<u64, Vec<(u64, LockRange)>>,
     appending: HashMap<u64, u64>,
+    /// The number of each session's newest report.
+    reported: HashMap<u64, u64>,
+    /// Sessions that have yet to say what they hold open.
+    pub(crate) unregistered: HashSet<u64>,
+    pub(crate) cache_ttl: Duration,
+    /// Until then a sole client may use what it was told.
+    pub(crate) cached_until: Instant,
+    pub(crate) company: u64,
+    /// Counts changes.
+    changes: u64,
+    touched: BTreeSet<u64>,
 }
 
 /// What an operation wants of the chunks.
@@ -52,6 +66,13 @@ impl Namespace {
             acknowledged: HashMap::new(),
             locks: HashMap::new(),
             appending: HashMap::new(),
+            reported: HashMap::new(),
+            unregistered: HashSet::new(),
+            cache_ttl: Duration::from_secs(1),
+            cached_until: Instant::now(),
+            company: 1,
+            changes: 0,
+            touched: BTreeSet::new(),
         };
         let root = Create {
             kind: Kind::Directory.into(),
@@ -88,14 +109,65 @@ impl Namespace {
             next_cookie: 1,
             target: create.target.clone(),
             xattrs: BTreeMap::new(),
+            cut: 0,
             opens: HashSet::new(),
         };
         self.nodes.insert(ino, node);
+        self.touched.insert(ino);
         ino
     }
 
-    pub(crate) fn open_session(&mut self, session: u64) {
+    /// Gives until when the session must not be served.
+    pub(crate) fn open_session(&mut self, session: u64) -> Instant {
+        if let Some(sole) = self.sessions.iter().next()
+            && self.sessions.len() == 1
+            && *sole != session
+        {
+            self.company += 1;
+            self.unregistered.insert(*sole);
+        }
         self.sessions.insert(session);
+        self.cached_until
+    }
+
+    /// What is only in the owner's memory is lost.
+    pub(crate) fn change_owner(&mut self) {
+        self.company = 1;
+        self.reported.clear();
+        self.unregistered = self.sessions.clone();
+        for node in self.nodes.values_mut() {
+            node.opens.clear();
+        }
+    }
+
+    /// What a session has opened and closed.
+    pub(crate) fn note_handles(&mut self, session: u64, handles: &Handles, everything: bool) {
+        let reported = self.reported.entry(session).or_default();
+        if handles.number <= *reported && !everything {
+            return;
+        }
+        *reported = handles.number.max(*reported);
+        for ino in &handles.opened {
+            if let Some(node) = self.nodes.get_mut(ino) {
+                node.opens.insert(session);
+            }
+        }
+        for ino in &handles.closed {
+            if let Some(node) = self.nodes.get_mut(ino) {
+                node.opens.remove(&session);
+            }
+        }
+        if everything {
+            self.unregistered.remove(&session);
+        }
+        self.reap();
+    }
+
+    pub(crate) fn open_inodes(&self) -> Vec<u64> {
+        let open = self.nodes.iter().filter(|(_, node)| !node.opens.is_empty());
+        let mut open: Vec<u64> = open.map(|(ino, _)| *ino).collect();
+        open.sort_unstable();
+        open
     }
 
     pub(crate) fn has_session(&self, session: u64) -> bool {
@@ -104,6 +176,7 @@ impl Namespace {
 
     pub(crate) fn close_session(&mut self, session: u64) {
         self.sessions.remove(&session);
+        self.unregistered.remove(&session);
         for locks in self.locks.values_mut() {
             locks.retain(|(holder, _)| *holder != session);
         }
@@ -133,6 +206,9 @@ impl Namespace {
     }
 
     fn reap(&mut self) {
+        if !self.unregistered.is_empty() {
+            return;
+        }
         self.nodes
             .retain(|_, node| node.attr.nlink > 0 || !node.opens.is_empty());
     }
@@ -146,29 +222,55 @@ impl Namespace {
         if !self.sessions.contains(&request.session) {
             return Some((Err(ErrorCode::SessionExpired), Effect::None));
         }
+        if let Some(handles) = &request.handles {
+            self.note_handles(request.session, handles, false);
+        }
         let below = self.acknowledged.entry(request.session).or_insert(0);
         *below = (*below).max(request.ack_below);
         let below = *below;
         let key = (request.session, request.op_id);
         if request.op_id > 0 {
             if let Some(result) = self.results.get(&key) {
-                return Some((result.clone(), Effect::None));
+                let result = result.clone().map(|response| self.sign(response));
+                return Some((result, Effect::None));
             }
             assert!(request.op_id >= below, "a repeated id was acknowledged before");
             self.results
                 .retain(|(session, id), _| *session != request.session || *id >= below);
         }
         let mut effect = Effect::None;
+        self.touched.clear();
         let outcome = self.execute(request, quota, &mut effect)?;
+        let touched = std::mem::take(&mut self.touched);
+        self.changes += u64::from(!touched.is_empty());
+        let also = touched.iter().filter_map(|ino| Some(self.nodes.get(ino)?.attr));
+        let also = also.collect();
         let result = outcome.map(|result| Response {
-            cache_ttl_ms: if self.sessions.len() > 1 { 0 } else { 1000 },
             result: Some(result),
+            also,
+            changed: touched.into_iter().collect(),
+            free_bytes: quota.saturating_sub(self.used()),
             ..Response::default()
         });
+        let result = result.map(|response| self.sign(response));
         if request.op_id > 0 {
             self.results.insert(key, result.clone());
         }
         Some((result, effect))
+    }
+
+    /// Adds what every reply says.
+    fn sign(&mut self, response: Response) -> Response {
+        let sole = self.sessions.len() == 1;
+        if sole {
+            self.cached_until = Instant::now() + self.cache_ttl;
+        }
+        Response {
+            cache_ttl_ms: if sole { self.cache_ttl.as_millis() as u32 } else { 0 },
+            as_of: self.changes,
+            company: self.company,
+            ..response
+        }
     }
 
     fn node(&mut self, ino: u64) -> Result<&mut Node, ErrorCode> {
@@ -187,7 +289,17 @@ impl Namespace {
         let node = self.node(ino)?;
         node.attr.change += 1;
         node.attr.ctime = now();
-        Ok(Reply::Attr(node.attr))
+        let attr = node.attr;
+        self.touched.insert(ino);
+        Ok(Reply::Attr(attr))
+    }
+
+    fn note_cut(&mut self, ino: u64) -> Result<(), ErrorCode> {
+        let node = self.node(ino)?;
+        node.attr.change += 1;
+        node.cut = node.attr.change;
+        self.touched.insert(ino);
+        Ok(())
     }
 
     fn attach(&mut self, parent: u64, name: Bytes, ino: u64) -> Result<(), ErrorCode> {
@@ -239,12 +351,15 @@ impl Namespace {
                 {
                     return None;
                 }
-                let offset = match self.node(begin.ino) {
-                    Ok(node) => node.attr.size,
+                let turn = match self.node(begin.ino) {
+                    Ok(node) => AppendTurn {
+                        offset: node.attr.size,
+                        change: node.attr.change,
+                    },
                     Err(code) => return Some(Err(code)),
                 };
                 self.appending.insert(begin.ino, request.session);
-                Some(Ok(Reply::AppendOffset(offset)))
+                Some(Ok(Reply::AppendTurn(turn)))
             }
             op => Some(self.apply(op, request.session, quota, effect)),
         }
@@ -253,10 +368,11 @@ impl Namespace {
     fn apply(&mut self, op: &Op, session: u64, quota: u64, effect: &mut Effect) -> Outcome {
         let done = Ok(Reply::Done(Done {}));
         match op {
-            Op::Lookup(lookup) => {
-                let ino = self.child(lookup.parent, &lookup.name)?;
-                Ok(Reply::Attr(self.node(ino)?.attr))
-            }
+            Op::Lookup(lookup) => match self.child(lookup.parent, &lookup.name) {
+                Ok(ino) => Ok(Reply::Attr(self.node(ino)?.attr)),
+                Err(ErrorCode::NotFound) => Ok(Reply::Missing(Missing {})),
+                Err(code) => Err(code),
+            },
             Op::GetAttr(get) => Ok(Reply::Attr(self.node(get.ino)?.attr)),
             Op::ReadLink(read) => Ok(Reply::Bytes(self.node(read.ino)?.target.clone())),
             Op::ReadDir(read) => self.read_dir(read.ino, read.after, read.limit),
@@ -264,6 +380,7 @@ impl Namespace {
                 size_bytes: quota,
                 used_bytes: self.used(),
                 used_inodes: self.nodes.len() as u64,
+                inodes: 1 << 20,
             })),
             Op::GetXattr(get) => {
                 let value = self.node(get.ino)?.xattrs.get(&get.name).cloned();
@@ -280,18 +397,7 @@ impl Namespace {
                 Some(conflict) => Ok(Reply::Conflict(conflict)),
                 None => done,
             },
-            Op::Open(open) => {
-                let node = self.node(open.ino)?;
-                node.opens.insert(session);
-                Ok(Reply::Attr(node.attr))
-            }
-            Op::Close(close) => {
-                if let Ok(node) = self.node(close.ino) {
-                    node.opens.remove(&session);
-                }
-                self.reap();
-                done
-            }
+            Op::Report(_) => done,
             Op::Create(create) => {
                 let ino = match self.child(create.parent, &create.name) {
                     Ok(_) if create.exclusive => return Err(ErrorCode::Exists),
@@ -326,8 +432,9 @@ impl Namespace {
                 if !node.entries.is_empty() {
                     return Err(ErrorCode::NotEmpty);
                 }
+                let attr = Attr { nlink: 0, ..node.attr };
                 self.detach(rmdir.parent, &rmdir.name)?;
-                done
+                Ok(Reply::Attr(attr))
             }
             Op::Rename(rename) => self.rename(rename),
             Op::Link(link) => {
@@ -338,17 +445,19 @@ impl Namespace {
                 self.attach(link.new_parent, link.new_name.clone(), link.ino)?;
                 self.touch(link.ino)
             }
-            Op::SetAttr(set) => self.set_attr(set, effect),
-            Op::Extend(extend) => {
-                let grown = extend.end.saturating_sub(self.node(extend.ino)?.attr.size);
-                if self.used() + grown > quota {
+            Op::SetAttr(set) => self.set_attr(set, quota, effect),
+            Op::Reserve(reserve) => {
+                let size = self.node(reserve.ino)?.attr.size;
+                if self.used() + reserve.end.saturating_sub(size) > quota {
                     return Err(ErrorCode::NoSpace);
                 }
-                let node = self.node(extend.ino)?;
-                node.attr.size = node.attr.size.max(extend.end);
-                node.attr.mtime = extend.mtime;
-                self.touch(extend.ino)
+                if reserve.holes && reserve.end > size {
+                    *effect = Effect::Truncate(reserve.ino, size);
+                    self.note_cut(reserve.ino)?;
+                }
+                Ok(Reply::Attr(self.node(reserve.ino)?.attr))
             }
+            Op::Extend(extend) => self.extend(extend, quota),
             Op::SetXattr(set) => {
                 let xattrs = &mut self.node(set.ino)?.xattrs;
                 match xattrs.contains_key(&set.name) {
@@ -368,6 +477,9 @@ impl Namespace {
             Op::AppendEnd(end) => {
                 if self.appending.remove(&end.ino) != Some(session) {
                     return Err(ErrorCode::InvalidArgument);
+                }
+                if self.node(end.ino)?.cut > end.since {
+                    return Err(ErrorCode::Overtaken);
                 }
                 let node = self.node(end.ino)?;
                 assert_eq!(node.attr.size, end.offset, "appends are serialized");
@@ -432,14 +544,37 @@ impl Namespace {
         self.touch(ino)
     }
 
-    fn set_attr(&mut self, set: &SetAttr, effect: &mut Effect) -> Outcome {
-        let attr = &mut self.node(set.ino)?.attr;
+    fn extend(&mut self, extend: &Extend, quota: u64) -> Outcome {
+        if self.node(extend.ino)?.cut > extend.since {
+            return Err(ErrorCode::Overtaken);
+        }
+        let grown = extend.end.saturating_sub(self.node(extend.ino)?.attr.size);
+        if self.used() + grown > quota {
+            return Err(ErrorCode::NoSpace);
+        }
+        let node = self.node(extend.ino)?;
+        node.attr.size = node.attr.size.max(extend.end);
+        node.attr.mtime = extend.mtime;
+        self.touch(extend.ino)
+    }
+
+    fn set_attr(&mut self, set: &SetAttr, quota: u64, effect: &mut Effect) -> Outcome {
+        if let Some(extend) = &set.extend {
+            self.extend(extend, quota)?;
+        }
         if let Some(size) = set.size {
-            if size < attr.size {
-                *effect = Effect::Truncate(set.ino, size);
+            let old = self.node(set.ino)?.attr.size;
+            if size != old {
+                *effect = Effect::Truncate(set.ino, size.min(old));
+                self.note_cut(set.ino)?;
             }
+            let attr = &mut self.node(set.ino)?.attr;
             attr.size = size;
             attr.mtime = now();
+        }
+        let attr = &mut self.node(set.ino)?.attr;
+        if set.drop_privileges || set.uid.is_some() || set.gid.is_some() {
+            attr.mode &= if attr.mode & 0o010 != 0 { !0o6000 } else { !0o4000 };
         }
         attr.mode = set.mode.unwrap_or(attr.mode);
         attr.uid = set.uid.unwrap_or(attr.uid);

@@ -7,9 +7,10 @@ use bytes::Bytes;
 use futures::Stream;
 use futures::stream::StreamExt;
 use lazarette_proto::chunk::{self, chunk_server::Chunk};
+use lazarette_proto::clock::boot_ms;
 use lazarette_proto::cluster::{self, cluster_server::Cluster};
 use lazarette_proto::meta::{self, meta_server::Meta, request::Op};
-use lazarette_proto::status;
+use lazarette_proto::{MAX_WRITE_PARTS, status};
 use lazarette_types::ErrorCode;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -47,6 +48,37 @@ impl Node {
         }
     }
 
+    /// The clock's number is the node's.
+    fn in_time(&self, deadline: Option<chunk::Deadline>) -> Result<(), Status> {
+        match deadline {
+            Some(at) if at.clock == self.node as u64 && boot_ms() < at.at_ms => Ok(()),
+            Some(_) => Err(status(ErrorCode::Late, "too late")),
+            None => Err(status(ErrorCode::InvalidArgument, "no deadline")),
+        }
+    }
+
+    fn write_now(&self, request: &chunk::WriteRequest) -> Answer<chunk::WriteResponse> {
+        let mut world = self.shared.world();
+        self.primary(&world, request.replica_set, request.epoch)?;
+        self.in_time(request.deadline)?;
+        let mut end = 0;
+        for part in &request.parts {
+            if part.data.is_empty() || crc32c(&part.data) != part.crc || (part.offset as usize) < end {
+                return refuse(ErrorCode::InvalidArgument);
+            }
+            end = part.offset as usize + part.data.len();
+        }
+        if !(1..=MAX_WRITE_PARTS).contains(&request.parts.len()) || end > CHUNK_SIZE as usize {
+            return refuse(ErrorCode::InvalidArgument);
+        }
+        let chunk = world.chunks.entry(key(request.chunk)?).or_default();
+        chunk.resize(chunk.len().max(end), 0);
+        for part in &request.parts {
+            chunk[part.offset as usize..][..part.data.len()].copy_from_slice(&part.data);
+        }
+        Ok(Response::new(chunk::WriteResponse {}))
+    }
+
     fn owner(&self, world: &World, volume: u64) -> Result<(), Status> {
         if volume != world.volume.id {
             return Err(status(ErrorCode::VolumeNotFound, "no such volume"));
@@ -67,7 +99,7 @@ async fn meet<T>(fault: Option<Fault>, serve: impl Future<Output = Answer<T>>) -
             Err(Status::unavailable("connection lost"))
         }
         Some(Fault::Hang) => std::future::pending().await,
-        Some(Fault::Damage) | None => serve.await,
+        Some(Fault::Damage | Fault::ComeLate(_)) | None => serve.await,
     }
 }
 
@@ -120,6 +152,18 @@ impl Cluster for Node {
         }))
     }
 
+    async fn drain_node(&self, _: Request<cluster::DrainNodeRequest>) -> Answer<cluster::DrainNodeResponse> {
+        refuse(ErrorCode::Unsupported)
+    }
+
+    async fn undrain_node(&self, _: Request<cluster::UndrainNodeRequest>) -> Answer<cluster::UndrainNodeResponse> {
+        refuse(ErrorCode::Unsupported)
+    }
+
+    async fn forget_node(&self, _: Request<cluster::ForgetNodeRequest>) -> Answer<cluster::ForgetNodeResponse> {
+        refuse(ErrorCode::Unsupported)
+    }
+
     async fn get_map(&self, request: Request<cluster::GetMapRequest>) -> Answer<cluster::VolumeMap> {
         let world = self.shared.world();
         if request.into_inner().volume != world.volume.id {
@@ -146,13 +190,21 @@ impl Meta for Node {
 
     async fn open_session(&self, request: Request<meta::OpenSessionRequest>) -> Answer<meta::OpenSessionResponse> {
         let request = request.into_inner();
-        let mut world = self.shared.world();
-        self.owner(&world, request.volume)?;
-        world.namespace.open_session(request.session);
-        Ok(Response::new(meta::OpenSessionResponse {
-            ttl_ms: world.ttl_ms,
-            owner_epoch: world.owner_epoch,
-        }))
+        let (reply, not_before) = {
+            let mut world = self.shared.world();
+            self.owner(&world, request.volume)?;
+            let not_before = world.namespace.open_session(request.session);
+            let reply = meta::OpenSessionResponse {
+                ttl_ms: world.ttl_ms,
+                owner_epoch: world.owner_epoch,
+                company: world.namespace.company,
+            };
+            (reply, not_before)
+        };
+        if self.shared.world().namespace.sessions() > 1 {
+            tokio::time::sleep_until(not_before).await;
+        }
+        Ok(Response::new(reply))
     }
 
     async fn keep_alive(&self, request: Request<meta::KeepAliveRequest>) -> Answer<meta::KeepAliveResponse> {
@@ -163,11 +215,15 @@ impl Meta for Node {
             if !world.namespace.has_session(request.session) {
                 return refuse(ErrorCode::SessionExpired);
             }
-            if request.complete {
-                world.registrations.push(request.open_inodes);
+            let terms = (world.owner_epoch, world.namespace.company);
+            if request.complete && (request.owner_epoch, request.company) == terms {
+                let handles = request.handles.unwrap_or_default();
+                world.namespace.note_handles(request.session, &handles, true);
+                world.registrations.push(handles.opened);
             }
             Ok(Response::new(meta::KeepAliveResponse {
-                owner_epoch: world.owner_epoch,
+                owner_epoch: terms.0,
+                company: terms.1,
             }))
         };
         self.serve(At::KeepAlive, serve).await
@@ -204,7 +260,12 @@ impl Meta for Node {
                             truncate(&mut world, ino, size);
                         }
                         self.shared.changed.notify_waiters();
-                        return result.map(Response::new).or_else(refuse);
+                        let owner_epoch = world.owner_epoch;
+                        let sign = |response: meta::Response| meta::Response {
+                            owner_epoch,
+                            ..response
+                        };
+                        return result.map(|response| Response::new(sign(response))).or_else(refuse);
                     }
                 }
                 if tokio::time::timeout_at(deadline, changed).await.is_err() {
@@ -212,7 +273,11 @@ impl Meta for Node {
                 }
             }
         };
-        self.serve(At::Call, serve).await
+        let at = match &request.op {
+            Some(Op::Report(_)) => At::Report,
+            _ => At::Call,
+        };
+        self.serve(at, serve).await
     }
 }
 
@@ -237,24 +302,17 @@ fn key(chunk: Option<chunk::ChunkId>) -> Result<(u64, u32), Status> {
 impl Chunk for Node {
     async fn write(&self, request: Request<chunk::WriteRequest>) -> Answer<chunk::WriteResponse> {
         let request = request.into_inner();
-        let serve = async {
-            let mut world = self.shared.world();
-            self.primary(&world, request.replica_set, request.epoch)?;
-            if crc32c(&request.data) != request.crc {
-                return refuse(ErrorCode::InvalidArgument);
-            }
-            let end = request.offset as usize + request.data.len();
-            if end > CHUNK_SIZE as usize {
-                return refuse(ErrorCode::InvalidArgument);
-            }
-            let chunk = world.chunks.entry(key(request.chunk)?).or_default();
-            if chunk.len() < end {
-                chunk.resize(end, 0);
-            }
-            chunk[request.offset as usize..end].copy_from_slice(&request.data);
-            Ok(Response::new(chunk::WriteResponse {}))
-        };
-        self.serve(At::Write, serve).await
+        let fault = self.fault(At::Write);
+        if let Some(Fault::ComeLate(delay)) = fault {
+            let node = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                let done = node.write_now(&request);
+                node.shared.world().came_late.push(done.is_ok());
+            });
+            return Err(Status::unavailable("connection lost"));
+        }
+        meet(fault, async { self.write_now(&request) }).await
     }
 
     async fn read(&self, request: Request<chunk::ReadRequest>) -> Answer<chunk::ReadResponse> {
@@ -279,8 +337,22 @@ impl Chunk for Node {
         meet(fault, serve).await
     }
 
-    async fn truncate(&self, _: Request<chunk::TruncateRequest>) -> Answer<chunk::TruncateResponse> {
-        refuse(ErrorCode::Unsupported)
+    async fn truncate(&self, request: Request<chunk::TruncateRequest>) -> Answer<chunk::TruncateResponse> {
+        let request = request.into_inner();
+        let mut world = self.shared.world();
+        self.primary(&world, request.replica_set, request.epoch)?;
+        self.in_time(request.deadline)?;
+        if let Some(data) = world.chunks.get_mut(&key(request.chunk)?) {
+            data.truncate(request.length as usize);
+        }
+        Ok(Response::new(chunk::TruncateResponse {}))
+    }
+
+    async fn clock(&self, _: Request<chunk::ClockRequest>) -> Answer<chunk::ClockResponse> {
+        Ok(Response::new(chunk::ClockResponse {
+            clock: self.node as u64,
+            now_ms: boot_ms(),
+        }))
     }
 
     async fn delete(&self, _: Request<chunk::DeleteRequest>) -> Answer<chunk::DeleteResponse> {

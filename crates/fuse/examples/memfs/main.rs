@@ -21,7 +21,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..MountOptions::default()
     };
     let mut terms = Terms::default();
-    terms.wanted |= Capabilities::CACHE_SYMLINKS;
+    terms.wanted |= Capabilities::CACHE_SYMLINKS | Capabilities::EXPORT_SUPPORT;
     let session = Session::mount(
         Memory::new(),
         mountpoint,

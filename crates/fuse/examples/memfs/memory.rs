@@ -42,6 +42,12 @@ impl Memory {
         }
     }
 
+    /// All that there are, the root included.
+    #[allow(dead_code, reason = "tests ask for it")]
+    pub(crate) fn nodes(&self) -> u64 {
+        self.tree().len()
+    }
+
     fn tree(&self) -> MutexGuard<'_, Tree> {
         self.tree.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -113,7 +119,7 @@ fn opened() -> Opened {
 impl Filesystem for Memory {
     async fn lookup(&self, _request: &Request, lookup: Lookup<'_>) -> Result<Entry> {
         let mut tree = self.tree();
-        match tree.find(lookup.parent, lookup.name) {
+        match tree.look_up(lookup.parent, lookup.name) {
             Ok(number) => entry(&mut tree, number),
             Err(Errno::ENOENT) => Ok(Entry {
                 entry_ttl: TTL,
@@ -135,6 +141,17 @@ impl Filesystem for Memory {
 
     async fn getattr(&self, _request: &Request, getattr: Getattr) -> Result<Attributes> {
         attributes(&self.tree(), getattr.node)
+    }
+
+    async fn statx(&self, _request: &Request, statx: StatxQuery) -> Result<Statx> {
+        let tree = self.tree();
+        let node = tree.node(statx.node)?;
+        Ok(Statx {
+            attr: node.attr(),
+            btime: Some(node.born),
+            ttl: TTL,
+            ..Statx::default()
+        })
     }
 
     async fn setattr(&self, _request: &Request, setattr: Setattr) -> Result<Attributes> {

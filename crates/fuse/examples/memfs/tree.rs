@@ -92,6 +92,7 @@ pub(crate) enum Content {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) attr: Attr,
+    pub(crate) born: Timestamp,
     pub(crate) content: Content,
     pub(crate) xattrs: BTreeMap<OsString, Vec<u8>>,
     pub(crate) locks: Locks,
@@ -131,6 +132,7 @@ impl Tree {
         };
         let root = Node {
             attr: root,
+            born: root.ctime,
             content,
             xattrs: BTreeMap::new(),
             locks: Locks::default(),
@@ -179,6 +181,15 @@ impl Tree {
         self.entries(directory)?.get(name).copied().ok_or(Errno::ENOENT)
     }
 
+    /// As `find`, and the two names that come when a node is opened by its file handle.
+    pub(crate) fn look_up(&self, node: u64, name: &OsStr) -> Result<u64> {
+        match (name.as_encoded_bytes(), &self.node(node)?.content) {
+            (b".", _) => Ok(node),
+            (b"..", Content::Directory { parent, .. }) => Ok(*parent),
+            _ => self.find(node, name),
+        }
+    }
+
     /// A new node without a name.
     pub(crate) fn create(&mut self, parent: u64, attr: Attr, content: Content) -> Result<u64> {
         let directory = &self.node(parent)?.attr;
@@ -204,6 +215,7 @@ impl Tree {
         }
         let node = Node {
             attr,
+            born: now,
             content,
             xattrs: BTreeMap::new(),
             locks: Locks::default(),

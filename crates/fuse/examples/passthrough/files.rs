@@ -6,7 +6,9 @@ use lazarette_fuse::abi::OpenReplyFlags;
 use lazarette_fuse::attributes::decode_device;
 use lazarette_fuse::operation::*;
 use lazarette_fuse::*;
-use rustix::fs::{self as sys, AtFlags, FallocateFlags, Gid, Mode, OFlags, RenameFlags, Stat, Uid, XattrFlags};
+use rustix::fs::{
+    self as sys, AtFlags, FallocateFlags, Gid, Mode, OFlags, RenameFlags, Stat, StatxFlags, Uid, XattrFlags,
+};
 use rustix::io::ReadWriteFlags;
 use std::ffi::{OsStr, OsString};
 use std::io::IoSliceMut;
@@ -23,12 +25,27 @@ pub(crate) struct Passthrough {
     ttl: Duration,
     /// Readers that may wait for a disk at a time.
     may_wait: Semaphore,
+    /// Bytes from which on a file is read and written by the kernel itself, where it can.
+    backed_from: u64,
 }
+
+/// To make a file known to the kernel costs as much as some reads of it do: small ones are read through
+/// this process.
+pub(crate) const BACKED_FROM: u64 = 256 << 10;
 
 /// Flags of an open(2) that are for the one who calls it.
 fn flags(raw: u32) -> OFlags {
     let kept = OFlags::from_bits_retain(raw) - OFlags::NOFOLLOW - OFlags::CREATE - OFlags::EXCL - OFlags::DIRECT;
     kept | OFlags::CLOEXEC
+}
+
+/// Bytes of an open file; 0 of what is none.
+fn size(file: &OwnedFd) -> u64 {
+    let of_file = |stat: &Stat| Kind::of_mode(stat.st_mode) == Some(Kind::File);
+    sys::fstat(file)
+        .ok()
+        .filter(of_file)
+        .map_or(0, |stat| stat.st_size as u64)
 }
 
 /// Work that may take long, on a thread that is there for it.
@@ -52,13 +69,15 @@ fn read_at(file: &OwnedFd, buffer: &mut [u8], offset: u64, flags: ReadWriteFlags
 }
 
 impl Passthrough {
-    /// Shows `source`, read by so many `readers`; what is told of it is true for `ttl`.
-    pub(crate) fn new(source: &str, ttl: Duration, readers: usize) -> std::io::Result<Self> {
+    /// Shows `source`, read by so many `readers`; what is told of it is true for `ttl`. Files of
+    /// `backed_from` bytes or more are the kernel's own business.
+    pub(crate) fn new(source: &str, ttl: Duration, readers: usize, backed_from: u64) -> std::io::Result<Self> {
         Ok(Self {
             nodes: Nodes::new(source)?,
             files: Handles::default(),
             ttl,
             may_wait: Semaphore::new(readers.saturating_sub(1)),
+            backed_from,
         })
     }
 
@@ -99,6 +118,29 @@ impl Passthrough {
         Ok(self.entry((number, sys::fstat(&node.fd)?)))
     }
 
+    /// A file that was opened; `size` tells its bytes.
+    fn opened(&self, request: &Request, node: &Node, fd: OwnedFd, size: impl FnOnce(&OwnedFd) -> u64) -> Opened {
+        let backing = node.open(|| {
+            let large = size(&fd) >= self.backed_from;
+            if large { request.back(&fd).ok() } else { None }
+        });
+        Opened {
+            handle: self.files.add(fd),
+            flags: match backing {
+                Some(_) => OpenReplyFlags::PASSTHROUGH,
+                None => OpenReplyFlags::empty(),
+            },
+            backing: backing.unwrap_or_default(),
+        }
+    }
+
+    /// A file that was created and opened.
+    fn created(&self, request: &Request, create: &Create<'_>, fd: OwnedFd) -> Result<(Entry, Opened)> {
+        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
+        let node = self.nodes.get(entry.node)?;
+        Ok((entry, self.opened(request, &node, fd, |_| entry.attr.size)))
+    }
+
     fn open_node(&self, node: &Node, wanted: OFlags) -> Result<OwnedFd> {
         Ok(sys::open(node.path(), wanted, Mode::empty())?)
     }
@@ -136,6 +178,23 @@ impl Filesystem for Passthrough {
         Ok(self.attributes(&sys::fstat(&self.nodes.get(getattr.node)?.fd)?))
     }
 
+    async fn statx(&self, _request: &Request, query: StatxQuery) -> Result<Statx> {
+        let node = self.nodes.get(query.node)?;
+        let how = AtFlags::EMPTY_PATH | AtFlags::from_bits_retain(query.flags);
+        let told = sys::statx(&node.fd, "", how, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
+        let born = StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::BTIME);
+        Ok(Statx {
+            attr: attr(&sys::fstat(&node.fd)?),
+            btime: born.then_some(Timestamp {
+                seconds: told.stx_btime.tv_sec,
+                nanoseconds: told.stx_btime.tv_nsec,
+            }),
+            attributes: told.stx_attributes.bits(),
+            attributes_mask: told.stx_attributes_mask.bits(),
+            ttl: self.ttl,
+        })
+    }
+
     async fn setattr(&self, _request: &Request, setattr: Setattr) -> Result<Attributes> {
         let node = self.nodes.get(setattr.node)?;
         if setattr.uid.is_some() || setattr.gid.is_some() {
@@ -146,8 +205,13 @@ impl Filesystem for Passthrough {
             sys::chmod(node.path(), Mode::from_raw_mode(mode & 0o7777))?;
         }
         if let Some(size) = setattr.size {
-            let file = self.file(setattr.node, setattr.handle, OFlags::WRONLY | OFlags::NONBLOCK)?;
-            sys::ftruncate(&file, size)?;
+            let wanted = OFlags::WRONLY | OFlags::NONBLOCK;
+            let file = self.file(setattr.node, setattr.handle, wanted)?;
+            match sys::ftruncate(&file, size) {
+                // An open(2) for reading may truncate, too.
+                Err(rustix::io::Errno::INVAL) => sys::ftruncate(&self.file(setattr.node, None, wanted)?, size)?,
+                done => done?,
+            }
         }
         if setattr.atime.is_some() || setattr.mtime.is_some() {
             let time = |time: Option<SetTime>| match time {
@@ -244,12 +308,10 @@ impl Filesystem for Passthrough {
         Ok(self.entry(self.nodes.lookup(&parent, link.new_name)?))
     }
 
-    async fn open(&self, _request: &Request, open: Open) -> Result<Opened> {
-        let fd = self.open_node(&*self.nodes.get(open.node)?, flags(open.flags))?;
-        Ok(Opened {
-            handle: self.files.add(fd),
-            ..Opened::default()
-        })
+    async fn open(&self, request: &Request, open: Open) -> Result<Opened> {
+        let node = self.nodes.get(open.node)?;
+        let fd = self.open_node(&node, flags(open.flags))?;
+        Ok(self.opened(request, &node, fd, size))
     }
 
     async fn create(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
@@ -258,28 +320,14 @@ impl Filesystem for Passthrough {
         let how = flags(create.flags) | OFlags::CREATE | OFlags::NOFOLLOW;
         let how = how | OFlags::from_bits_retain(create.flags) & OFlags::EXCL;
         let fd = sys::openat(&parent.fd, create.name, how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
-        Ok((
-            entry,
-            Opened {
-                handle: self.files.add(fd),
-                ..Opened::default()
-            },
-        ))
+        self.created(request, &create, fd)
     }
 
     async fn tmpfile(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
         let parent = self.nodes.get(create.parent)?;
         let how = OFlags::from_bits_retain(create.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let fd = sys::openat(&parent.fd, ".", how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
-        Ok((
-            entry,
-            Opened {
-                handle: self.files.add(fd),
-                ..Opened::default()
-            },
-        ))
+        self.created(request, &create, fd)
     }
 
     /// Most reads are done by the thread that has the request, even if they wait for a disk: to hand
@@ -320,9 +368,12 @@ impl Filesystem for Passthrough {
         }
     }
 
-    async fn release(&self, _request: &Request, release: Release) -> Result<()> {
+    async fn release(&self, request: &Request, release: Release) -> Result<()> {
         self.files.remove(release.handle);
-        Ok(())
+        match self.nodes.get(release.node)?.close() {
+            Some(number) => request.unback(number),
+            None => Ok(()),
+        }
     }
 
     async fn fsync(&self, _request: &Request, fsync: Fsync) -> Result<()> {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
@@ -18,16 +18,78 @@ fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How those that have a file open read and write it.
+enum Way {
+    /// Through this process; so many.
+    Served(u64),
+    /// In the kernel, from the file of this number.
+    Backed { number: i32, users: u64 },
+}
+
 /// A node, held open by an O_PATH descriptor.
 pub(crate) struct Node {
     pub(crate) fd: OwnedFd,
     lookups: AtomicU64,
+    way: Mutex<Way>,
 }
 
 impl Node {
     /// A path to it for calls that take no O_PATH descriptor.
     pub(crate) fn path(&self) -> String {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd())
+    }
+
+    fn new(fd: OwnedFd, lookups: u64) -> Arc<Self> {
+        Arc::new(Self {
+            fd,
+            lookups: AtomicU64::new(lookups),
+            way: Mutex::new(Way::Served(0)),
+        })
+    }
+
+    fn way(&self) -> MutexGuard<'_, Way> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is opened once more: the number of the file that the kernel shall use, if any. The first who
+    /// opens it decides, by `back`.
+    pub(crate) fn open(&self, back: impl FnOnce() -> Option<i32>) -> Option<i32> {
+        let mut way = self.way();
+        match &mut *way {
+            Way::Served(0) => match back() {
+                Some(number) => {
+                    *way = Way::Backed { number, users: 1 };
+                    Some(number)
+                }
+                None => {
+                    *way = Way::Served(1);
+                    None
+                }
+            },
+            Way::Served(users) => {
+                *users += 1;
+                None
+            }
+            Way::Backed { number, users } => {
+                *users += 1;
+                Some(*number)
+            }
+        }
+    }
+
+    /// It is closed once: a number to give back.
+    pub(crate) fn close(&self) -> Option<i32> {
+        let mut way = self.way();
+        match &mut *way {
+            Way::Served(users) => *users = users.saturating_sub(1),
+            Way::Backed { number, users: 1 } => {
+                let number = *number;
+                *way = Way::Served(0);
+                return Some(number);
+            }
+            Way::Backed { users, .. } => *users -= 1,
+        }
+        None
     }
 }
 
@@ -46,10 +108,7 @@ impl Nodes {
             Mode::empty(),
         )?;
         let stat = sys::fstat(&fd)?;
-        let root = Arc::new(Node {
-            fd,
-            lookups: AtomicU64::new(1),
-        });
+        let root = Node::new(fd, 1);
         Ok(Self {
             device: stat.st_dev,
             root: stat.st_ino,
@@ -102,10 +161,7 @@ impl Nodes {
     fn enter(&self, fd: OwnedFd) -> Result<(u64, Stat)> {
         let stat = sys::fstat(&fd)?;
         let number = self.number(&stat)?;
-        let fresh = Arc::new(Node {
-            fd,
-            lookups: AtomicU64::new(0),
-        });
+        let fresh = Node::new(fd, 0);
         let mut known = write(&self.known);
         known
             .entry(number)

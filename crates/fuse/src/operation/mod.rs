@@ -35,11 +35,15 @@ macro_rules! operation {
 
 mod attributes;
 mod data;
+#[cfg(any(test, fuzzing))]
+mod decoders;
 mod locks;
 mod names;
 
 pub use attributes::*;
 pub use data::*;
+#[cfg(fuzzing)]
+pub use decoders::decode;
 pub use locks::*;
 pub use names::*;
 

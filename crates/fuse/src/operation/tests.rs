@@ -1,3 +1,4 @@
+use super::decoders::decode_all;
 use super::*;
 use crate::abi::Opcode;
 use crate::attributes::{LockKind, Timestamp};
@@ -239,46 +240,6 @@ fn locks_are_checked() {
         LockRequest::parse(&header(Opcode::Setlk), &build(9, 0, 0)),
         Err(Malformed::Range)
     );
-}
-
-/// Every decoder, on one body. Also what the fuzz target calls.
-fn decode_all(header: &Header, body: &Bytes) {
-    let _ = Lookup::parse(header, body);
-    let _ = parse_forgets(Opcode::Forget, header, body);
-    let _ = parse_forgets(Opcode::BatchForget, header, body);
-    let _ = Getattr::parse(header, body);
-    let _ = StatxQuery::parse(header, body);
-    let _ = Setattr::parse(header, body);
-    let _ = Symlink::parse(header, body);
-    let _ = Mknod::parse(header, body);
-    let _ = Mkdir::parse(header, body);
-    let _ = Rename::parse(header, body);
-    let _ = Link::parse(header, body);
-    let _ = Open::parse(header, body);
-    let _ = Create::parse(header, body);
-    let _ = Read::parse(header, body);
-    let _ = Release::parse(header, body);
-    let _ = Flush::parse(header, body);
-    let _ = Fsync::parse(header, body);
-    let _ = Readdir::parse(header, body);
-    let _ = Setxattr::parse(header, body, false);
-    let _ = Setxattr::parse(header, body, true);
-    let _ = Getxattr::parse(header, body);
-    let _ = Listxattr::parse(header, body);
-    let _ = Removexattr::parse(header, body);
-    let _ = LockRequest::parse(header, body);
-    let _ = Access::parse(header, body);
-    let _ = Bmap::parse(header, body);
-    let _ = Ioctl::parse(header, body);
-    let _ = Poll::parse(header, body);
-    let _ = Fallocate::parse(header, body);
-    let _ = Lseek::parse(header, body);
-    let _ = CopyFileRange::parse(header, body);
-    let _ = parse_interrupt(body);
-    let _ = parse_groups(body);
-    if let Ok(write) = Write::parse(header, body) {
-        assert!(write.data.len() <= body.len());
-    }
 }
 
 proptest! {

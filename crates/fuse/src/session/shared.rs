@@ -9,6 +9,7 @@ use crate::notify::{Notifier, Retrieves};
 use crate::request::{DYING_INTERVAL, FULL_INTERVAL, InFlight};
 use crate::statistics::Statistics;
 use bytes::Bytes;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -80,6 +81,11 @@ impl Shared {
             }
         }
         !self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// The descriptor that was mounted.
+    pub(crate) fn connection(&self) -> BorrowedFd<'_> {
+        self.channels[0].as_fd()
     }
 
     pub(crate) fn entered(&self, opcode: Opcode) {

@@ -14,7 +14,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::runtime::Runtime;
 
 fn journal(place: &Place) -> PathBuf {
     place.path().with_extension("journal")
@@ -85,7 +84,7 @@ const TURNS: u8 = 20;
 pub(crate) fn serve_in_turns(journal: &str) {
     let socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().unwrap());
     let journal = Path::new(journal);
-    runtime().block_on(async {
+    child::runtime().block_on(async {
         loop {
             let (connection, extra) = match Connection::receive(&socket) {
                 Err(HandoverError::Closed) => return,
@@ -166,18 +165,10 @@ async fn two_processes_hand_over_to_each_other_unnoticed() {
     }
 }
 
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
-}
-
 /// A server that a test kills: it gets its connection through its standard input.
 pub(crate) fn serve_journaled(journal: &str) {
     let socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().unwrap());
-    runtime().block_on(async {
+    child::runtime().block_on(async {
         let (connection, _) = Connection::receive(&socket).unwrap();
         let journaled = Journaled::open(Path::new(journal));
         let session = Session::adopt(journaled, connection, Config::default(), true)

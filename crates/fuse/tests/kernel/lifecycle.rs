@@ -5,10 +5,12 @@ use crate::load::Load;
 use crate::memory::Memory;
 use crate::mounted::{Place, application, mounted, options, until};
 use lazarette_fuse::abi::{Capabilities, Opcode};
-use lazarette_fuse::{Config, Connection, End, InterruptPolicy, Session, SessionError, Terms, Unmount};
+use lazarette_fuse::{Config, Connection, End, InterruptPolicy, MountOptions, Session, SessionError, Terms, Unmount};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -119,6 +121,87 @@ async fn an_abort_is_told_apart() {
     .unwrap();
     fs::write(control.join(&format!("{device}/abort")), "1").unwrap();
     assert_eq!(session.ended().await, End::Aborted);
+}
+
+/// In a namespace of this thread and those that it starts: everybody may use /dev/fuse, as on most
+/// machines.
+#[allow(unsafe_code)]
+fn open_the_device(place: &str) {
+    use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    // SAFETY: no descriptors come to be shared or unshared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS).unwrap() };
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+    let node = format!("{place}/device");
+    let kind = rustix::fs::FileType::CharacterDevice;
+    let number = rustix::fs::makedev(10, 229);
+    rustix::fs::mknodat(rustix::fs::CWD, &node, kind, rustix::fs::Mode::empty(), number).unwrap();
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o666)).unwrap();
+    mount_bind(&node, "/dev/fuse").unwrap();
+}
+
+/// A process without rights mounts, uses and unmounts.
+pub(crate) fn mount_as_nobody(place: &str) {
+    open_the_device(place);
+    child::become_nobody(&[]);
+    child::runtime().block_on(async {
+        let options = MountOptions {
+            source: "a name, with a comma".into(),
+            subtype: "lazarette-test".into(),
+            ..MountOptions::default()
+        };
+        let mount = async || Session::mount(Memory::new(), place, options.clone(), Config::default()).await;
+        for how in [Unmount::Orderly, Unmount::Detach] {
+            let session = mount().await.unwrap();
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let line = mounts
+                .lines()
+                .find(|line| line.contains(&format!(" {place} ")))
+                .unwrap();
+            assert!(
+                line.contains("fuse.lazarette-test a\\040name,\\040with\\040a\\040comma"),
+                "{line}"
+            );
+            assert!(line.contains("nosuid,nodev"), "{line}");
+            let path = Path::new(place).join("file");
+            let open = application(move || {
+                fs::write(&path, b"content").unwrap();
+                assert_eq!(fs::read(&path).unwrap(), b"content");
+                File::open(&path).unwrap()
+            })
+            .await;
+            let error = session.unmount(Unmount::Orderly).await.unwrap_err().to_string();
+            assert!(error.contains("busy"), "{error}");
+            match how {
+                Unmount::Orderly => {
+                    application(move || drop(open)).await;
+                    session.unmount(how).await.unwrap();
+                }
+                _ => {
+                    session.unmount(how).await.unwrap();
+                    // Still of use to whom has it.
+                    application(move || assert_eq!(open.metadata().unwrap().len(), 7)).await;
+                }
+            }
+            assert_eq!(session.ended().await, End::Unmounted);
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fusermount_mounts_for_those_without_rights() {
+    if !rustix::process::geteuid().is_root() {
+        // Then every other test is this one.
+        return;
+    }
+    let place = Place::new();
+    std::os::unix::fs::chown(place.path(), Some(child::NOBODY), Some(child::NOBODY)).unwrap();
+    let mut process = child::start("mount as nobody", place.path().to_str().unwrap(), None);
+    until("it has mounted and unmounted", || {
+        process.0.try_wait().unwrap().is_some()
+    })
+    .await;
+    assert!(process.0.wait().unwrap().success());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

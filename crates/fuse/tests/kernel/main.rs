@@ -9,6 +9,7 @@ mod memory;
 #[path = "../../examples/memfs/tree.rs"]
 mod tree;
 
+mod capabilities;
 mod child;
 mod handover;
 mod interrupts;
@@ -17,5 +18,8 @@ mod lifecycle;
 mod load;
 mod mounted;
 mod notifications;
+mod observed;
 mod operations;
+mod probe;
 mod robustness;
+mod special;

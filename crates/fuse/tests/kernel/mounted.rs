@@ -1,5 +1,6 @@
 //! Mounts that are gone when their test is, however it ends.
 
+use lazarette_fuse::abi::Opcode;
 use lazarette_fuse::mount::unmount;
 use lazarette_fuse::{Config, Filesystem, MountOptions, Session, Terms, Unmount};
 use std::path::{Path, PathBuf};
@@ -77,4 +78,14 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(start.elapsed() < DEADLINE, "waited in vain until {what}");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// Requests of a kind so far.
+pub(crate) fn count<F: Filesystem>(session: &Session<F>, opcode: Opcode) -> u64 {
+    session
+        .statistics()
+        .operations
+        .iter()
+        .find(|one| one.opcode == opcode)
+        .map_or(0, |one| one.requests)
 }

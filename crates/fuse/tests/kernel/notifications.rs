@@ -1,22 +1,13 @@
 //! What the kernel is told.
 
 use crate::memory::Memory;
-use crate::mounted::{application, mounted};
+use crate::mounted::{application, count, mounted};
 use bytes::Bytes;
+use lazarette_fuse::Errno;
 use lazarette_fuse::abi::Opcode;
-use lazarette_fuse::{Errno, Filesystem, Session};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-
-fn count<F: Filesystem>(session: &Session<F>, opcode: Opcode) -> u64 {
-    session
-        .statistics()
-        .operations
-        .iter()
-        .find(|one| one.opcode == opcode)
-        .map_or(0, |one| one.requests)
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_invalidated_is_asked_for_again() {

@@ -1,12 +1,13 @@
 //! Every operation, through the system calls that cause it.
 
 use crate::memory::Memory;
-use crate::mounted::{application, mounted, mounted_with};
-use lazarette_fuse::abi::Opcode;
-use lazarette_fuse::{Config, Session};
-use rustix::fs::{self as sys, AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, XattrFlags};
+use crate::mounted::{Place, application, count, mounted, mounted_with, options};
+use lazarette_fuse::abi::{Capabilities, Opcode};
+use lazarette_fuse::{Config, MountOptions, Session, Terms};
+use rustix::fs::{self as sys, Access, AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, XattrFlags};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
 /// Fails unless each of these was asked for.
@@ -113,6 +114,11 @@ async fn files_and_their_data() {
         Opcode::Lseek,
         Opcode::Fallocate,
     ]);
+    // The newer form came with 7.45.
+    asked.push(match session.parameters().kernel_minor {
+        ..=44 => Opcode::CopyFileRange,
+        _ => Opcode::CopyFileRange64,
+    });
     assert_asked(&session, &asked);
 }
 
@@ -253,13 +259,139 @@ async fn files_without_a_name() {
         let file = sys::open(&path, OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
         rustix::io::write(&file, b"secret").unwrap();
         assert_eq!(sys::fstat(&file).unwrap().st_nlink, 0);
-        let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let number = file.as_raw_fd();
         let from = format!("/proc/self/fd/{number}");
         sys::linkat(sys::CWD, from, sys::CWD, path.join("named"), AtFlags::SYMLINK_FOLLOW).unwrap();
         assert_eq!(fs::read(path.join("named")).unwrap(), b"secret");
     })
     .await;
     assert_asked(&session, &[Opcode::Tmpfile, Opcode::Link]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_of_both_kinds() {
+    let (place, session) = mounted(Memory::new()).await;
+    let path = place.path().to_owned();
+    application(move || {
+        let open = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            options.open(path.join("file")).unwrap()
+        };
+        let (first, second) = (open(), open());
+        let lock = |file: &File, how| sys::flock(file, how);
+        lock(&first, FlockOperation::NonBlockingLockShared).unwrap();
+        lock(&second, FlockOperation::NonBlockingLockShared).unwrap();
+        let refused = lock(&second, FlockOperation::NonBlockingLockExclusive);
+        assert_eq!(refused, Err(rustix::io::Errno::AGAIN));
+        lock(&first, FlockOperation::Unlock).unwrap();
+        lock(&second, FlockOperation::LockExclusive).unwrap();
+        // fcntl(2) knows two owners in one process: the process, and an open file.
+        assert_eq!(in_the_way(&first, 10, 20), None);
+        lock_of_open_file(&second, 15, 30);
+        assert_eq!(in_the_way(&first, 10, 20), Some((15, 16)));
+        assert_eq!(in_the_way(&first, 31, 40), None);
+        // With the last descriptor its locks go.
+        drop(second);
+        assert_eq!(in_the_way(&first, 10, 20), None);
+        lock(&first, FlockOperation::NonBlockingLockExclusive).unwrap();
+    })
+    .await;
+    assert_asked(&session, &[Opcode::Getlk, Opcode::Setlk, Opcode::Setlkw, Opcode::Flush]);
+}
+
+#[allow(unsafe_code)]
+fn range(start: i64, end: i64) -> libc::flock {
+    // SAFETY: all its fields are numbers.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    range.l_type = libc::F_WRLCK as i16;
+    range.l_start = start;
+    range.l_len = end - start + 1;
+    range
+}
+
+/// Start and length of a lock that keeps this process from an exclusive one.
+#[allow(unsafe_code)]
+fn in_the_way(file: &File, start: i64, end: i64) -> Option<(i64, i64)> {
+    let mut range = range(start, end);
+    // SAFETY: the command reads and writes the structure whose address it gets.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut range) }, 0);
+    (range.l_type != libc::F_UNLCK as i16).then_some((range.l_start, range.l_len))
+}
+
+#[allow(unsafe_code)]
+fn lock_of_open_file(file: &File, start: i64, end: i64) {
+    let range = range(start, end);
+    // SAFETY: the command reads the structure whose address it gets.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) }, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_of_creation() {
+    let (place, session) = mounted(Memory::new()).await;
+    let path = place.join("file");
+    application(move || {
+        fs::write(&path, b"content").unwrap();
+        let created = fs::metadata(&path).unwrap().created().unwrap();
+        fs::write(&path, b"more").unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!(metadata.created().unwrap(), created);
+        assert!(metadata.modified().unwrap() > created);
+        assert_eq!((metadata.len(), metadata.mode() & 0o170_000), (4, 0o100_000));
+    })
+    .await;
+    assert_asked(&session, &[Opcode::Statx]);
+}
+
+/// By older kernels, and mounts that check permissions themselves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn listings_without_attributes_and_checks_of_permissions() {
+    let place = Place::new();
+    let options = MountOptions {
+        default_permissions: false,
+        ..options()
+    };
+    let terms = Terms {
+        wanted: Terms::default().wanted - Capabilities::READDIRPLUS - Capabilities::READDIRPLUS_AUTO,
+        ..Terms::default()
+    };
+    let config = Config {
+        terms,
+        ..Config::default()
+    };
+    let session = Session::mount(Memory::new(), place.path(), options, config)
+        .await
+        .unwrap();
+    let path = place.path().to_owned();
+    application(move || {
+        for number in 0..300 {
+            File::create(path.join(number.to_string())).unwrap();
+        }
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 300);
+        sys::access(path.join("7"), Access::READ_OK | Access::WRITE_OK).unwrap();
+        fs::rename(path.join("7"), path.join("seven")).unwrap();
+    })
+    .await;
+    assert_asked(&session, &[Opcode::Readdir, Opcode::Access, Opcode::Rename]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_removed_is_forgotten() {
+    let (place, session) = mounted(Memory::new()).await;
+    let path = place.path().to_owned();
+    application(move || {
+        for number in 0..500 {
+            let file = path.join(number.to_string());
+            fs::write(&file, b"x").unwrap();
+            fs::remove_file(&file).unwrap();
+        }
+    })
+    .await;
+    crate::mounted::until("nothing is left but the root", || {
+        session.filesystem().nodes() == 1 && session.in_flight().is_empty()
+    })
+    .await;
+    assert!(count(&session, Opcode::Forget) + count(&session, Opcode::BatchForget) > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

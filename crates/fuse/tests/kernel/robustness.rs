@@ -1,11 +1,12 @@
 //! Handlers that fail, and many requests at once.
 
 use crate::child;
-use crate::mounted::{application, mounted, mounted_with, until};
+use crate::mounted::{Place, application, mounted, mounted_with, options, until};
 use lazarette_fuse::operation::*;
 use lazarette_fuse::*;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -117,10 +118,8 @@ async fn a_handler_that_fails_fails_alone() {
             assert_eq!(errno("too much"), Some(Errno::EIO.raw()));
             assert_eq!(fs::read(path.join("fine")).unwrap(), b"fine");
         }
-        assert_eq!(
-            fs::write(path.join("fine"), b"x").unwrap_err().raw_os_error(),
-            Some(Errno::EIO.raw())
-        );
+        let file = File::options().write(true).open(path.join("fine")).unwrap();
+        assert_eq!((&file).write(b"x").unwrap_err().raw_os_error(), Some(Errno::EIO.raw()));
         let error = fs::read_link(path.join("link")).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::ENAMETOOLONG.raw()));
         // What has no handler.
@@ -159,33 +158,34 @@ fn resident() -> u64 {
     text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_requests_take_little_memory() {
+/// A process that serves many requests at once, and nothing else that takes memory.
+pub(crate) fn serve_many(place: &str) {
     const COUNT: usize = 10_000;
     let config = Config {
         max_requests: COUNT,
         ..Config::default()
     };
-    let (place, session) = mounted_with(Faulty::default(), config).await;
-    let before = resident();
-    let argument = format!("{COUNT} {}", place.join("wait").display());
-    let mut applications = child::start("many", &argument, None);
-    until("all wait", || session.in_flight().len() == COUNT).await;
-    let each = (resident().saturating_sub(before)) / COUNT as u64;
-    assert!(each < 8192, "{each} bytes for each request");
-    session
-        .filesystem()
-        .open
-        .store(true, std::sync::atomic::Ordering::SeqCst);
-    session.filesystem().gate.notify_waiters();
-    until("all have ended", || {
-        applications
-            .0
-            .try_wait()
-            .unwrap()
-            .is_some_and(|status| status.success())
-    })
-    .await;
+    child::runtime().block_on(async {
+        let session = Session::mount(Faulty::default(), place, options(), config)
+            .await
+            .unwrap();
+        let before = resident();
+        let argument = format!("{COUNT} {}", Path::new(place).join("wait").display());
+        let mut applications = child::start("many", &argument, None);
+        until("all wait", || session.in_flight().len() == COUNT).await;
+        let each = (resident().saturating_sub(before)) / COUNT as u64;
+        assert!(each < 8192, "{each} bytes for each request");
+        let_through(&session, &mut applications).await;
+        session.unmount(Unmount::Orderly).await.unwrap();
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_requests_take_little_memory() {
+    let place = Place::new();
+    let mut server = child::start("serve many", place.path().to_str().unwrap(), None);
+    until("it has served all", || server.0.try_wait().unwrap().is_some()).await;
+    assert!(server.0.wait().unwrap().success());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -206,6 +206,11 @@ async fn more_requests_than_wanted_wait_in_the_kernel() {
         assert!(session.in_flight().len() <= 10 + 8);
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+    let_through(&session, &mut applications).await;
+}
+
+/// Answers all that wait; their application then ends.
+async fn let_through(session: &Session<Faulty>, applications: &mut child::Process) {
     session
         .filesystem()
         .open

@@ -1,5 +1,6 @@
 use super::*;
-use k8s_openapi::api::apps::v1::StatefulSetSpec;
+use k8s_openapi::api::apps::v1::{StatefulSetSpec, StatefulSetUpdateStrategy};
+use k8s_openapi::api::core::v1::{ConfigMapVolumeSource, Volume};
 use k8s_openapi::api::networking::v1::{
     NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
 };
@@ -8,9 +9,34 @@ const CLIENT: (&str, i32) = ("client", 2379);
 const PEER: (&str, i32) = ("peer", 2380);
 const METRICS: (&str, i32) = ("metrics", 2381);
 
-/// Adds etcd's objects.
-pub(super) fn add(cluster: &ValidCluster, defaults: &Defaults, replicas: i32, objects: &mut Objects) {
+const DATA_DIR: &str = "/var/lib/etcd";
+/// Written by the init container, read by etcd.
+const CONFIG: &str = "/var/lib/etcd/etcd.json";
+/// The ConfigMap's volume and where it is mounted.
+const STATE: &str = "state";
+const STATE_DIR: &str = "/etc/lazarette/etcd";
+
+/// Adds the objects of an etcd of the cluster's own.
+pub(super) fn add(
+    cluster: &ValidCluster,
+    image: &str,
+    known: &Dereferenced,
+    defaults: &Defaults,
+    replicas: i32,
+    objects: &mut Objects,
+) {
     let name = cluster.etcd_name();
+    objects.config_maps.push(ConfigMap {
+        metadata: meta(cluster, Component::Etcd, name.clone()),
+        data: Some(
+            [(
+                STATE.to_owned(),
+                if known.etcd_has_run { "existing" } else { "new" }.to_owned(),
+            )]
+            .into(),
+        ),
+        ..ConfigMap::default()
+    });
     objects.services.push(headless_service(
         cluster,
         Component::Etcd,
@@ -25,7 +51,9 @@ pub(super) fn add(cluster: &ValidCluster, defaults: &Defaults, replicas: i32, ob
             .disruption_budgets
             .push(disruption_budget(cluster, Component::Etcd, name));
     }
-    objects.stateful_sets.push(stateful_set(cluster, defaults, replicas));
+    objects
+        .stateful_sets
+        .push(stateful_set(cluster, image, defaults, replicas));
 }
 
 /// The URL of a member's client or peer port.
@@ -43,8 +71,20 @@ pub(super) fn endpoints(cluster: &ValidCluster) -> String {
     urls.join(",")
 }
 
-fn stateful_set(cluster: &ValidCluster, defaults: &Defaults, replicas: i32) -> StatefulSet {
+fn stateful_set(cluster: &ValidCluster, image: &str, defaults: &Defaults, replicas: i32) -> StatefulSet {
     let name = cluster.etcd_name();
+    let mut template = pod_template(cluster, Component::Etcd, defaults, container(cluster, image));
+    if let Some(pod) = template.spec.as_mut() {
+        pod.init_containers = Some(vec![member(cluster)]);
+        pod.volumes = Some(vec![Volume {
+            name: STATE.to_owned(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: name.clone(),
+                ..ConfigMapVolumeSource::default()
+            }),
+            ..Volume::default()
+        }]);
+    }
     StatefulSet {
         metadata: meta(cluster, Component::Etcd, name.clone()),
         spec: Some(StatefulSetSpec {
@@ -53,24 +93,28 @@ fn stateful_set(cluster: &ValidCluster, defaults: &Defaults, replicas: i32) -> S
             selector: label_selector(cluster, Component::Etcd),
             // One member alone never becomes ready: they must start together.
             pod_management_policy: Some("Parallel".to_owned()),
+            // See `rolling`.
+            update_strategy: Some(StatefulSetUpdateStrategy {
+                type_: Some("OnDelete".to_owned()),
+                ..StatefulSetUpdateStrategy::default()
+            }),
             persistent_volume_claim_retention_policy: Some(retain_claims()),
             volume_claim_templates: Some(vec![claim_template(cluster, Component::Etcd)]),
-            template: pod_template(cluster, Component::Etcd, defaults, container(cluster)),
+            template,
             ..StatefulSetSpec::default()
         }),
         ..StatefulSet::default()
     }
 }
 
-fn container(cluster: &ValidCluster) -> Container {
+fn container(cluster: &ValidCluster, image: &str) -> Container {
     let etcd = &cluster.spec.etcd;
     Container {
         name: "etcd".to_owned(),
-        image: Some(cluster.etcd_image.clone()),
+        image: Some(image.to_owned()),
         image_pull_policy: Some(cluster.spec.image_pull_policy.clone()),
         command: Some(vec!["etcd".to_owned()]),
-        args: Some(arguments(cluster)),
-        env: Some(vec![env_from_field("POD_NAME", "metadata.name")]),
+        args: Some(vec![format!("--config-file={CONFIG}")]),
         ports: Some(
             [CLIENT, PEER, METRICS]
                 .map(|(name, port)| container_port(name, port))
@@ -81,8 +125,9 @@ fn container(cluster: &ValidCluster) -> Container {
                 .clone()
                 .unwrap_or_else(|| default_resources("100m", "256Mi")),
         ),
-        volume_mounts: Some(vec![data_mount("/var/lib/etcd")]),
+        volume_mounts: Some(vec![data_mount(DATA_DIR)]),
         security_context: Some(container_security()),
+        termination_message_policy: Some(LAST_WORDS.to_owned()),
         // A member that missed much loads a snapshot first.
         startup_probe: Some(http_probe("/livez", METRICS.0, 2, 300, 5)),
         liveness_probe: Some(http_probe("/livez", METRICS.0, 10, 6, 10)),
@@ -91,42 +136,62 @@ fn container(cluster: &ValidCluster) -> Container {
     }
 }
 
+/// Settles how the member starts, see `etcd_member`.
+fn member(cluster: &ValidCluster) -> Container {
+    Container {
+        name: "member".to_owned(),
+        image: Some(cluster.image.clone()),
+        image_pull_policy: Some(cluster.spec.image_pull_policy.clone()),
+        command: Some(vec!["lazarette-operator".to_owned()]),
+        args: Some(arguments(cluster)),
+        env: Some(vec![env_from_field("POD_NAME", "metadata.name")]),
+        resources: Some(default_resources("10m", "32Mi")),
+        volume_mounts: Some(vec![
+            data_mount(DATA_DIR),
+            VolumeMount {
+                name: STATE.to_owned(),
+                mount_path: STATE_DIR.to_owned(),
+                read_only: Some(true),
+                ..VolumeMount::default()
+            },
+        ]),
+        security_context: Some(container_security()),
+        termination_message_policy: Some(LAST_WORDS.to_owned()),
+        ..Container::default()
+    }
+}
+
 fn arguments(cluster: &ValidCluster) -> Vec<String> {
     let name = cluster.etcd_name();
-    let initial: Vec<_> = (0..cluster.spec.etcd.members)
+    let members: Vec<_> = (0..cluster.spec.etcd.members)
         .map(|ordinal| {
             let pod = format!("{name}-{ordinal}");
             format!("{pod}={}", url(cluster, &pod, PEER.1))
         })
         .collect();
     let pod = "$(POD_NAME)";
-    vec![
-        format!("--name={pod}"),
-        // A folder of its own, as file systems put lost+found into the root.
-        "--data-dir=/var/lib/etcd/data".to_owned(),
-        format!("--listen-client-urls=http://0.0.0.0:{}", CLIENT.1),
-        format!("--listen-peer-urls=http://0.0.0.0:{}", PEER.1),
-        format!("--listen-metrics-urls=http://0.0.0.0:{}", METRICS.1),
-        format!("--advertise-client-urls={}", url(cluster, pod, CLIENT.1)),
-        format!("--initial-advertise-peer-urls={}", url(cluster, pod, PEER.1)),
-        format!("--initial-cluster={}", initial.join(",")),
+    let listen = |port| format!("http://0.0.0.0:{port}");
+    [
+        ("name", pod.to_owned()),
+        ("peer-url", url(cluster, pod, PEER.1)),
+        ("client-url", url(cluster, pod, CLIENT.1)),
+        ("members", members.join(",")),
+        ("endpoints", endpoints(cluster)),
         // The same after the StorageCluster was deleted and made anew on the old claims.
-        format!(
-            "--initial-cluster-token=lazarette-{}-{}",
-            cluster.namespace, cluster.name
-        ),
-        "--initial-cluster-state=new".to_owned(),
-        format!("--quota-backend-bytes={}", 8_u64 << 30),
-        // The journal is a stream of puts and deletes; its history is of no use.
-        "--auto-compaction-mode=periodic".to_owned(),
-        "--auto-compaction-retention=1m".to_owned(),
-        // Journal records are large: 10,000 of them in memory would be over 1 GB.
-        "--snapshot-count=2000".to_owned(),
-        "--snapshot-catchup-entries=1000".to_owned(),
-        "--max-request-bytes=4194304".to_owned(),
-        "--max-txn-ops=1024".to_owned(),
-        "--log-level=warn".to_owned(),
+        ("token", format!("lazarette-{}-{}", cluster.namespace, cluster.name)),
+        ("listen-client", listen(CLIENT.1)),
+        ("listen-peer", listen(PEER.1)),
+        ("listen-metrics", listen(METRICS.1)),
+        // A folder of its own, as file systems put lost+found into the root.
+        ("data-dir", format!("{DATA_DIR}/data")),
+        ("config", CONFIG.to_owned()),
+        ("state", format!("{STATE_DIR}/{STATE}")),
     ]
+    .into_iter()
+    .fold(vec!["etcd-member".to_owned()], |mut arguments, (flag, value)| {
+        arguments.push(format!("--{flag}={value}"));
+        arguments
+    })
 }
 
 /// Where the network plugin enforces it, only storage nodes and members reach etcd.
@@ -150,7 +215,8 @@ fn network_policy(cluster: &ValidCluster, name: String) -> NetworkPolicy {
             pod_selector: Some(label_selector(cluster, Component::Etcd)),
             policy_types: Some(vec!["Ingress".to_owned()]),
             ingress: Some(vec![
-                allow(Some(vec![from(Component::Storage)]), CLIENT.1),
+                // Members talk to the others as clients before they start.
+                allow(Some(vec![from(Component::Storage), from(Component::Etcd)]), CLIENT.1),
                 allow(Some(vec![from(Component::Etcd)]), PEER.1),
                 allow(None, METRICS.1),
             ]),

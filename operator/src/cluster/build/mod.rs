@@ -9,13 +9,13 @@ pub(super) use host_path::persistent_volume_selector;
 pub use host_path::{persistent_volume_name, pinned_node};
 
 use super::dereference::Dereferenced;
-use super::{Defaults, ValidCluster};
+use super::{Defaults, Etcd, ValidCluster};
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetPersistentVolumeClaimRetentionPolicy};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction, ObjectFieldSelector,
-    PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PodAffinityTerm, PodAntiAffinity,
-    PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecurityContext,
-    Service, ServiceAccount, ServicePort, ServiceSpec, VolumeMount, VolumeResourceRequirements,
+    Affinity, Capabilities, ConfigMap, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction,
+    ObjectFieldSelector, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PodAffinityTerm,
+    PodAntiAffinity, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
+    SecurityContext, Service, ServiceAccount, ServicePort, ServiceSpec, VolumeMount, VolumeResourceRequirements,
 };
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
@@ -31,11 +31,17 @@ const NON_ROOT: i64 = 65532;
 /// Name of the volume with a pod's data; claims are called `data-POD`.
 const DATA: &str = "data";
 
+/// A container that ends with an error leaves the end of its log in the pod's status, from where it
+/// gets into the cluster's conditions.
+const LAST_WORDS: &str = "FallbackToLogsOnError";
+
 /// Everything that is to exist for a storage cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Objects {
     /// Without rights; so that pods do not get those of `default`.
     pub service_accounts: Vec<ServiceAccount>,
+    /// What etcd members read before they start.
+    pub config_maps: Vec<ConfigMap>,
     /// Of etcd and the storage nodes.
     pub services: Vec<Service>,
     /// Who may talk to etcd.
@@ -48,8 +54,9 @@ pub struct Objects {
     pub persistent_volumes: Vec<PersistentVolume>,
 }
 
-/// Builds all objects.
-pub fn build(cluster: &ValidCluster, known: &Dereferenced, defaults: &Defaults) -> Objects {
+/// Builds all objects. `storage_replicas` is how many storage nodes there shall be for now, which is
+/// more than the spec asks for while some hand over what they hold.
+pub fn build(cluster: &ValidCluster, known: &Dereferenced, defaults: &Defaults, storage_replicas: i32) -> Objects {
     let ValidCluster { spec, .. } = cluster;
     let etcd_replicas = match (spec.stopped, known.storage_pods) {
         (false, _) => spec.etcd.members,
@@ -57,12 +64,14 @@ pub fn build(cluster: &ValidCluster, known: &Dereferenced, defaults: &Defaults) 
         (true, 0) => 0,
         (true, _) => spec.etcd.members,
     };
-    let storage_replicas = if spec.stopped { 0 } else { spec.storage_nodes.count };
+    let storage_replicas = if spec.stopped { 0 } else { storage_replicas };
     let mut objects = Objects {
         service_accounts: vec![service_account(cluster)],
         ..Objects::default()
     };
-    etcd::add(cluster, defaults, etcd_replicas, &mut objects);
+    if let Etcd::Own { image, .. } = &cluster.etcd {
+        etcd::add(cluster, image, known, defaults, etcd_replicas, &mut objects);
+    }
     storage::add(cluster, defaults, storage_replicas, &mut objects);
     objects.persistent_volumes = host_path::persistent_volumes(cluster, known);
     objects
@@ -97,19 +106,29 @@ impl Component {
         }
     }
 
+    /// The field that describes it.
+    pub fn field(self) -> &'static str {
+        match self {
+            Self::Etcd => "spec.etcd",
+            Self::Storage => "spec.storageNodes",
+        }
+    }
+
     /// Number of pods while the cluster is not stopped.
     pub fn pods(self, cluster: &ValidCluster) -> i32 {
-        match self {
-            Self::Etcd => cluster.spec.etcd.members,
-            Self::Storage => cluster.spec.storage_nodes.count,
+        match (self, &cluster.etcd) {
+            (Self::Etcd, Etcd::Own { .. }) => cluster.spec.etcd.members,
+            (Self::Etcd, Etcd::External(_)) => 0,
+            (Self::Storage, _) => cluster.spec.storage_nodes.count,
         }
     }
 
     /// Where its pods keep their data.
     pub fn storage(self, cluster: &ValidCluster) -> &StorageSource {
-        match self {
-            Self::Etcd => &cluster.spec.etcd.storage,
-            Self::Storage => &cluster.spec.storage_nodes.storage,
+        match (self, &cluster.etcd) {
+            (Self::Etcd, Etcd::Own { storage, .. }) => storage,
+            // Without an etcd of its own nobody asks for that of its members.
+            (Self::Etcd, Etcd::External(_)) | (Self::Storage, _) => &cluster.spec.storage_nodes.storage,
         }
     }
 

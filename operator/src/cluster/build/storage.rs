@@ -1,12 +1,17 @@
 use super::*;
 use k8s_openapi::api::apps::v1::{StatefulSetSpec, StatefulSetUpdateStrategy};
-use k8s_openapi::api::core::v1::TopologySpreadConstraint;
-use lazarette_api::{ADMIN_PORT, STORAGE_PORT};
+use k8s_openapi::api::core::v1::{
+    KeyToPath, ProjectedVolumeSource, SecretProjection, TopologySpreadConstraint, Volume, VolumeProjection,
+};
+use lazarette_api::{ADMIN_PORT, EtcdTls, STORAGE_PORT, SecretKey};
 
 const DATA_DIR: &str = "/var/lib/lazarette";
 const GRPC: &str = "grpc";
 const ADMIN: &str = "admin";
 const HOSTNAME: &str = "kubernetes.io/hostname";
+/// Certificates for an external etcd: the volume and where it is mounted.
+const CERTIFICATES: &str = "etcd-certificates";
+const CERTIFICATES_DIR: &str = "/etc/lazarette/etcd";
 
 /// Adds the storage nodes' objects.
 pub(super) fn add(cluster: &ValidCluster, defaults: &Defaults, replicas: i32, objects: &mut Objects) {
@@ -68,7 +73,58 @@ fn template(cluster: &ValidCluster, defaults: &Defaults) -> PodTemplateSpec {
             ..TopologySpreadConstraint::default()
         }]);
     }
+    if let (Some(pod), Some(tls)) = (template.spec.as_mut(), tls(cluster)) {
+        pod.volumes = Some(vec![certificates(tls)]);
+    }
     template
+}
+
+fn tls(cluster: &ValidCluster) -> Option<&EtcdTls> {
+    match &cluster.etcd {
+        Etcd::Own { .. } => None,
+        Etcd::External(external) => external.tls.as_ref(),
+    }
+}
+
+/// Flag of the storage node, name of the file, and where its text is.
+fn certificate_files(tls: &EtcdTls) -> Vec<(&'static str, &'static str, &SecretKey)> {
+    // A new field must be handled here.
+    let EtcdTls {
+        ca,
+        certificate,
+        private_key,
+    } = tls;
+    [
+        ("etcd-ca", "ca.crt", Some(ca)),
+        ("etcd-cert", "tls.crt", certificate.as_ref()),
+        ("etcd-key", "tls.key", private_key.as_ref()),
+    ]
+    .into_iter()
+    .filter_map(|(flag, file, secret)| Some((flag, file, secret?)))
+    .collect()
+}
+
+fn certificates(tls: &EtcdTls) -> Volume {
+    let source = |(_, file, secret): (&str, &str, &SecretKey)| VolumeProjection {
+        secret: Some(SecretProjection {
+            name: secret.secret_name.clone(),
+            items: Some(vec![KeyToPath {
+                key: secret.key.clone(),
+                path: file.to_owned(),
+                mode: None,
+            }]),
+            optional: None,
+        }),
+        ..VolumeProjection::default()
+    };
+    Volume {
+        name: CERTIFICATES.to_owned(),
+        projected: Some(ProjectedVolumeSource {
+            sources: Some(certificate_files(tls).into_iter().map(source).collect()),
+            default_mode: Some(0o440),
+        }),
+        ..Volume::default()
+    }
 }
 
 fn container(cluster: &ValidCluster) -> Container {
@@ -100,8 +156,9 @@ fn container(cluster: &ValidCluster) -> Container {
                 .clone()
                 .unwrap_or_else(|| default_resources("100m", "256Mi")),
         ),
-        volume_mounts: Some(vec![data_mount(DATA_DIR)]),
+        volume_mounts: Some(mounts(cluster)),
         security_context: Some(container_security()),
+        termination_message_policy: Some(LAST_WORDS.to_owned()),
         startup_probe: Some(http_probe("/livez", ADMIN, 2, 150, 5)),
         liveness_probe: Some(http_probe("/livez", ADMIN, 10, 6, 5)),
         readiness_probe: Some(http_probe("/readyz", ADMIN, 2, 2, 2)),
@@ -109,11 +166,34 @@ fn container(cluster: &ValidCluster) -> Container {
     }
 }
 
+fn mounts(cluster: &ValidCluster) -> Vec<VolumeMount> {
+    let certificates = tls(cluster).map(|_| VolumeMount {
+        name: CERTIFICATES.to_owned(),
+        mount_path: CERTIFICATES_DIR.to_owned(),
+        read_only: Some(true),
+        ..VolumeMount::default()
+    });
+    [data_mount(DATA_DIR)].into_iter().chain(certificates).collect()
+}
+
 fn arguments(cluster: &ValidCluster) -> Vec<String> {
+    let (prefix, etcd) = match &cluster.etcd {
+        Etcd::Own { .. } => (cluster.name.clone(), etcd::endpoints(cluster)),
+        // Others of the same name may share it.
+        Etcd::External(external) => (
+            format!("{}/{}", cluster.namespace, cluster.name),
+            external.endpoints.join(","),
+        ),
+    };
+    let repair = &cluster.repair;
+    let certificates = tls(cluster).map(certificate_files).unwrap_or_default();
+    let certificates = certificates
+        .into_iter()
+        .map(|(flag, file, _)| (flag, format!("{CERTIFICATES_DIR}/{file}")));
     [
-        ("cluster", cluster.name.clone()),
+        ("cluster", prefix),
         ("node", "$(POD_NAME)".to_owned()),
-        ("etcd", etcd::endpoints(cluster)),
+        ("etcd", etcd),
         ("data-dir", DATA_DIR.to_owned()),
         ("listen", format!("0.0.0.0:{STORAGE_PORT}")),
         ("advertise", format!("$(POD_IP):{STORAGE_PORT}")),
@@ -121,8 +201,13 @@ fn arguments(cluster: &ValidCluster) -> Vec<String> {
         ("failure-domain", "$(FAILURE_DOMAIN)".to_owned()),
         ("copies", cluster.spec.replication.copies.to_string()),
         ("ack", cluster.spec.replication.ack.to_string()),
+        ("replace-after", repair.replace_after.clone()),
+        ("repair-rate", repair.rate.to_string()),
+        ("scrub-rate", repair.scrub_rate.to_string()),
+        ("scrub-every", repair.scrub_every.clone()),
     ]
     .into_iter()
+    .chain(certificates)
     .fold(vec!["serve".to_owned()], |mut arguments, (flag, value)| {
         arguments.push(format!("--{flag}={value}"));
         arguments

@@ -4,7 +4,8 @@ use crate::cluster::tests::{defaults, host_path_sample, sample, valid};
 use lazarette_api::StorageCluster;
 
 fn built(cluster: &StorageCluster) -> Objects {
-    build(&valid(cluster), &Dereferenced::default(), &defaults())
+    let count = cluster.spec.storage_nodes.count;
+    build(&valid(cluster), &Dereferenced::default(), &defaults(), count)
 }
 
 fn set(objects: &Objects, component: Component) -> &StatefulSet {
@@ -22,6 +23,7 @@ fn pod(set: &StatefulSet) -> &PodSpec {
 fn the_sample_in_full() {
     let Objects {
         service_accounts,
+        config_maps,
         services,
         network_policies,
         disruption_budgets,
@@ -33,6 +35,7 @@ fn the_sample_in_full() {
         "sample",
         (
             service_accounts,
+            config_maps,
             services,
             network_policies,
             disruption_budgets,
@@ -74,7 +77,7 @@ fn stopping_ends_storage_nodes_before_etcd() {
             storage_pods,
             ..Dereferenced::default()
         };
-        let objects = build(&valid(&cluster), &known, &defaults());
+        let objects = build(&valid(&cluster), &known, &defaults(), 3);
         Component::ALL.map(|c| set(&objects, c).spec.as_ref().unwrap().replicas.unwrap())
     };
     assert_eq!(replicas(3), [3, 0]);
@@ -145,7 +148,7 @@ fn folders_are_tied_to_nodes() {
         pins: vec![pin(0, "a", true), pin(1, "b", false)],
         ..Dereferenced::default()
     };
-    let objects = build(&valid(&cluster), &known, &defaults());
+    let objects = build(&valid(&cluster), &known, &defaults(), 3);
     insta::assert_yaml_snapshot!("host_path_volumes", objects.persistent_volumes);
     assert_eq!(pinned_node(&objects.persistent_volumes[0]), Some("b"));
     let set = set(&objects, Component::Storage);

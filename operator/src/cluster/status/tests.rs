@@ -39,6 +39,7 @@ fn healthy() -> Seen {
         storage: rollout(3),
         pod_problems: Vec::new(),
         view: Ok(view()),
+        waiting: None,
         hold: None,
     }
 }
@@ -108,7 +109,7 @@ fn a_dead_node_degrades_and_volumes_stay_available() {
     seen.storage.ready = 2;
     let view = seen.view.as_mut().unwrap();
     view.nodes[1].live = false;
-    view.degraded_replica_sets = 8;
+    (view.degraded_replica_sets, view.missing_copies) = (8, 8);
     let cluster = known();
     assert_eq!(
         conditions(&cluster, &seen)[..3],
@@ -120,8 +121,8 @@ fn a_dead_node_degrades_and_volumes_stay_available() {
     );
     assert_eq!(
         message(&cluster, &seen, ConditionType::Degraded),
-        "storage nodes not live: demo-storage-1; 8 of 8 replica sets have fewer copies than wanted; \
-         2/3 storage nodes are ready"
+        "storage nodes not live: demo-storage-1; 8 of 8 replica sets have fewer copies than wanted: 8 copies are \
+         missing, 0 are to be copied; 2/3 storage nodes are ready"
     );
 }
 
@@ -258,10 +259,14 @@ fn pods_that_cannot_run_say_why() {
             "status": {"containerStatuses": [{
                 "name": "storage-node", "image": "x", "imageID": "", "ready": false, "restartCount": 9,
                 "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}},
+                "lastState": {"terminated": {
+                    "exitCode": 1,
+                    "message": "{\"level\":\"INFO\"}\nError: the folder belongs to cluster \"x\"\n\n",
+                }},
             }]},
         },
         {
-            "metadata": {"name": "demo-storage-2"},
+            "metadata": {"name": "demo-storage-2", "creationTimestamp": "1970-01-01T00:01:00Z"},
             "status": {"containerStatuses": [{
                 "name": "storage-node", "image": "x", "imageID": "", "ready": false, "restartCount": 0,
                 "state": {"waiting": {"reason": "ContainerCreating"}},
@@ -280,9 +285,83 @@ fn pods_that_cannot_run_say_why() {
         told(75),
         [
             "PodsNotScheduled: pod demo-storage-0: 0/3 nodes are available",
-            "PodsCrashing: pod demo-storage-1: CrashLoopBackOff: back-off 5m0s",
+            "PodsCrashing: pod demo-storage-1: CrashLoopBackOff: Error: the folder belongs to cluster \"x\"",
         ]
     );
     // A moment after its creation a pod may still wait for its claim.
     assert_eq!(told(74).len(), 1);
+    let late = told(151);
+    assert_eq!(
+        late[2],
+        "PodsNotCreated: pod demo-storage-2 waits for a volume, a Secret or an image: see its events"
+    );
+}
+
+#[test]
+fn leaving_nodes_missing_copies_and_damage_show() {
+    use lazarette_proto::cluster::ScrubStatus as Report;
+    let mut seen = healthy();
+    let mut view = view();
+    view.nodes.push(NodeStatus {
+        id: "demo-storage-3".to_owned(),
+        live: true,
+        draining: true,
+        replica_sets: 2,
+        scrub: Some(Report {
+            found: 3,
+            repaired: 2,
+            lost: 1,
+            ..Report::default()
+        }),
+        ..NodeStatus::default()
+    });
+    // Gone, and not struck off the list yet: no defect.
+    view.nodes.push(NodeStatus {
+        id: "demo-storage-4".to_owned(),
+        draining: true,
+        safe_to_remove: true,
+        ..NodeStatus::default()
+    });
+    (view.degraded_replica_sets, view.missing_copies, view.repair_bytes) = (1, 2, 3 << 20);
+    seen.view = Ok(view);
+    let cluster = known();
+    assert_eq!(
+        conditions(&cluster, &seen)[1..3],
+        ["Progressing=True:ScalingIn", "Degraded=True:CopiesMissing"]
+    );
+    let degraded = message(&cluster, &seen, ConditionType::Degraded);
+    assert!(
+        degraded.contains("2 copies are missing, 3Mi are to be copied"),
+        "{degraded}"
+    );
+    assert!(
+        degraded.contains("1 damaged copies of data have no good copy"),
+        "{degraded}"
+    );
+    let progressing = message(&cluster, &seen, ConditionType::Progressing);
+    assert!(progressing.contains("demo-storage-3"), "{progressing}");
+    let status = status(&cluster, &seen, Timestamp::UNIX_EPOCH);
+    let sets = status.replica_sets.unwrap();
+    assert_eq!((sets.copies_missing, sets.to_copy.as_str()), (2, "3Mi"));
+    assert_eq!(status.draining, ["demo-storage-3"]);
+    assert_eq!(
+        status.scrub.unwrap(),
+        ScrubStatus {
+            damaged: 3,
+            repaired: 2,
+            lost: 1
+        }
+    );
+}
+
+#[test]
+fn a_rollout_that_waits_says_for_what() {
+    let mut seen = healthy();
+    seen.storage.changing = true;
+    seen.waiting = Some("1 replica sets lack copies".to_owned());
+    let progressing = message(&known(), &seen, ConditionType::Progressing);
+    assert_eq!(
+        progressing,
+        "storage nodes: other pods wait, as 1 replica sets lack copies"
+    );
 }

@@ -128,6 +128,32 @@ fn frames(disk: &SimDisk) -> Vec<usize> {
         .collect()
 }
 
+/// Several blocks of one write are in one record: whichever sector of it is torn, all of them are as before.
+#[test]
+fn a_torn_write_of_parts_is_not_made_in_part() {
+    let disk = SimDisk::default();
+    let (engine, key, _) = with_chunk(&disk, 50_000);
+    let before = frames(&disk).len();
+    let parts = [(100, data(10, 2)), (9000, data(5000, 3)), (40_960, data(4096, 4))];
+    engine.apply(key, v(1), v(2), Change::write(parts)).unwrap();
+    drop(engine);
+    let frames = frames(&disk);
+    assert_eq!(frames.len(), before + 1, "one record");
+    let start_of = frames[before];
+    // Its header and four blocks.
+    for sector in 0..(48 + 4 * 4096) / 512 {
+        let torn = disk.after_kill();
+        torn.rot(LOG, start_of + sector * 512, &[0xaa; 512]);
+        let engine = start(&torn);
+        let read = engine.read(key, 0, 50_000).unwrap();
+        assert_eq!(read.version, v(1), "sector {sector}");
+        assert!(read.data == data(50_000, 1), "sector {sector}");
+        assert_clean(&torn);
+    }
+    let engine = start(&disk.after_kill());
+    assert_eq!(engine.version(key).unwrap(), v(2));
+}
+
 #[test]
 fn a_torn_tail_is_cut_and_damage_in_the_middle_is_not() {
     let disk = SimDisk::default();

@@ -5,17 +5,14 @@
 //! its file lock (while its file is read, written in place or exchanged; never over a sync), the
 //! state.
 
-use super::disk::{Disk, DiskFile, Mode, Space, is_full, is_transient};
-use super::format::{
-    FileId, HEADER_BYTES, Header, Key, STAGING, TRASH, block_offset, block_sum, blocks, chunk_path, parse_volume_dir,
-    set_dir, staging_path, volume_dir,
-};
+use super::disk::{Disk, Space, is_full, is_transient};
+use super::format::{FileId, Key, TRASH, chunk_path, parse_volume_dir, set_dir, volume_dir};
 use super::log::{Log, Reservation};
 use super::poison::Poison;
-use super::record::{BLOCK_OVERHEAD, Block, ChangeRecord, RECORD_OVERHEAD, Record, ReplaceRecord};
+use super::record::{RECORD_OVERHEAD, Record};
 use super::state::{Entry, State};
-use crate::chunk::{BLOCK_SIZE, Change, ChunkError, Step, admit, admit_install};
-use bytes::Bytes;
+use super::writing::{record_bytes, touched};
+use crate::chunk::{BLOCK_SIZE, Change, ChunkError, Step, admit};
 use lazarette_types::{ReplicaSetId, Version, VolumeId};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
@@ -128,7 +125,7 @@ impl Engine {
     }
 
     /// Waits for room in the log.
-    fn reserve(&self, record: u64) -> Result<Reservation<'_>, ChunkError> {
+    pub(super) fn reserve(&self, record: u64) -> Result<Reservation<'_>, ChunkError> {
         loop {
             self.poison.check()?;
             if let Some(reservation) = self.log.reserve(record) {
@@ -166,7 +163,7 @@ impl Engine {
         }
     }
 
-    fn check_space(&self, bytes: u64) -> Result<(), ChunkError> {
+    pub(super) fn check_space(&self, bytes: u64) -> Result<(), ChunkError> {
         let space = self.space()?;
         let taken = self.state().overlay_cost() + self.limits.headroom;
         if self.full.load(Ordering::Acquire) {
@@ -185,7 +182,7 @@ impl Engine {
         space.map_err(|error| ChunkError::Io(format!("space on the disk: {error}")))
     }
 
-    fn new_file(&self) -> FileId {
+    pub(super) fn new_file(&self) -> FileId {
         self.next_file.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -203,14 +200,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Upper bound of the record of a change that brings this many bytes.
-    fn record_bound(&self, data: usize) -> u64 {
-        let count = data as u64 / u64::from(BLOCK_SIZE) + 2;
-        let images = RECORD_OVERHEAD + count * (u64::from(BLOCK_SIZE) + BLOCK_OVERHEAD);
-        // A longer one goes to a file, and only its checksums to the log.
-        images.min(self.log.max_record())
-    }
-
     pub(super) fn apply(
         &self,
         key: Key,
@@ -218,11 +207,12 @@ impl Engine {
         version: Version,
         change: Change,
     ) -> Result<(), ChunkError> {
-        let bytes = match &change {
-            Change::Write { data, .. } => data.len(),
-            Change::Truncate(_) | Change::Delete => 0,
+        let blocks = match &change {
+            Change::Write(parts) => touched(parts),
+            Change::Truncate(_) | Change::Delete => 1,
         };
-        let _room = self.reserve(self.record_bound(bytes))?;
+        // What makes a longer record goes to a file, and only its checksums to the log.
+        let _room = self.reserve(record_bytes(blocks).min(self.log.max_record()))?;
         let _change = self.lock_change(key);
         let entry = self.state().entry(key);
         let present = entry.map_or(Version::NONE, |e| e.version);
@@ -231,129 +221,10 @@ impl Engine {
             return Ok(());
         }
         match change {
-            Change::Write { offset, data, crc: _ } => self.write(key, entry, version, offset, &data),
+            Change::Write(parts) => self.write(key, entry, version, &parts),
             Change::Truncate(length) => self.truncate(key, entry, version, length),
             Change::Delete => self.remove(key, entry),
         }
-    }
-
-    fn write(
-        &self,
-        key: Key,
-        entry: Option<Entry>,
-        version: Version,
-        offset: u32,
-        data: &[u8],
-    ) -> Result<(), ChunkError> {
-        let old = entry.map_or(0, |e| e.length);
-        let end = offset + data.len() as u32;
-        let length = old.max(end);
-        let (first, last) = (offset / BLOCK_SIZE, blocks(end));
-        let big = data.len() >= self.limits.direct;
-        let count = u64::from(last - first);
-        self.check_space((count + 2) * u64::from(BLOCK_SIZE))?;
-
-        let extends = first <= blocks(old) && first + 1 >= blocks(old);
-        if let Some(entry) = entry
-            && extends
-            && (last - first.max(blocks(old))) as usize * BLOCK >= self.limits.direct
-            && self.is_extendable(key)
-        {
-            return self.extend(key, entry, version, offset, data);
-        }
-        let logged = RECORD_OVERHEAD + count * (u64::from(BLOCK_SIZE) + BLOCK_OVERHEAD);
-        if logged > self.log.max_record() || (big && data.len() >= length as usize / 2) {
-            if offset == 0 && end == length {
-                return self.replace(key, entry, version, data);
-            }
-            let mut whole = vec![0; length as usize];
-            let head = self.read_blocks(key, 0, blocks(offset.min(old)))?;
-            let keep = (offset.min(old)) as usize;
-            whole[..keep].copy_from_slice(&head[..keep]);
-            drop(head);
-            if end < old {
-                let from = end / BLOCK_SIZE;
-                let tail = self.read_blocks(key, from, blocks(old))?;
-                let skip = (end % BLOCK_SIZE) as usize;
-                let rest = (old - end) as usize;
-                whole[end as usize..].copy_from_slice(&tail[skip..skip + rest]);
-            }
-            whole[offset as usize..end as usize].copy_from_slice(data);
-            return self.replace(key, entry, version, &whole);
-        }
-        let images = self.compose(key, old, offset, data)?;
-        let record = Record::Change(ChangeRecord {
-            key,
-            version,
-            length,
-            previous_length: old,
-            file: entry.map_or_else(|| self.new_file(), |e| e.file),
-            fresh: entry.is_none(),
-            blocks: (first..last).zip(split(&images)).collect(),
-        });
-        self.commit(record)
-    }
-
-    /// The whole blocks that a write changes, as they will be.
-    fn compose(&self, key: Key, old: u32, offset: u32, data: &[u8]) -> Result<Bytes, ChunkError> {
-        let end = offset + data.len() as u32;
-        let (first, last) = (offset / BLOCK_SIZE, blocks(end));
-        let mut images = vec![0; (last - first) as usize * BLOCK];
-        let start = first * BLOCK_SIZE;
-        if offset > start && start < old {
-            images[..BLOCK].copy_from_slice(&self.read_blocks(key, first, first + 1)?);
-        }
-        let partial_end = !end.is_multiple_of(BLOCK_SIZE) && end < old;
-        if partial_end && (last - 1 > first || offset == start) {
-            let at = images.len() - BLOCK;
-            images[at..].copy_from_slice(&self.read_blocks(key, last - 1, last)?);
-        }
-        let at = (offset - start) as usize;
-        images[at..at + data.len()].copy_from_slice(data);
-        Ok(images.into())
-    }
-
-    /// Whether the chunk's file durably exists, so that blocks may be put behind the chunk's end.
-    fn is_extendable(&self, key: Key) -> bool {
-        let state = self.state();
-        state.overlay(key).is_none_or(|o| !o.fresh)
-    }
-
-    /// Puts the blocks that lie beyond the chunk's present ones into its file, where nobody looks
-    /// before the record says so; only the first block, if the chunk ends within it, is logged.
-    fn extend(&self, key: Key, entry: Entry, version: Version, offset: u32, data: &[u8]) -> Result<(), ChunkError> {
-        let images = self.compose(key, entry.length, offset, data)?;
-        let first = offset / BLOCK_SIZE;
-        let direct = first.max(blocks(entry.length));
-        let list: Vec<_> = (first..)
-            .zip(split(&images))
-            .map(|(index, block)| match block {
-                Block::Image(image) if index >= direct => (index, Block::InFile(block_sum(&image))),
-                block => (index, block),
-            })
-            .collect();
-        let doing = "writing a chunk file";
-        let file = self
-            .disk
-            .open(&chunk_path(key, entry.file), Mode::Write)
-            .map_err(|error| self.missing(key, doing, &error))?;
-        let skip = (direct - first) as usize * BLOCK;
-        if let Err(error) = file.write_at(&images[skip..], block_offset(direct)) {
-            // Gives the room back; what stays is beyond the chunk's end and counts for nothing.
-            let _ = file.set_len(block_offset(blocks(entry.length)));
-            return Err(self.failed(doing, &error));
-        }
-        file.sync()
-            .map_err(|error| self.poison.set("syncing a chunk file", &error))?;
-        self.commit(Record::Change(ChangeRecord {
-            key,
-            version,
-            length: entry.length.max(offset + data.len() as u32),
-            previous_length: entry.length,
-            file: entry.file,
-            fresh: false,
-            blocks: list,
-        }))
     }
 
     pub(super) fn missing(&self, key: Key, doing: &str, error: &io::Error) -> ChunkError {
@@ -367,29 +238,7 @@ impl Engine {
         }
     }
 
-    fn truncate(&self, key: Key, entry: Option<Entry>, version: Version, length: u32) -> Result<(), ChunkError> {
-        let old = entry.map_or(0, |e| e.length);
-        let length = length.min(old);
-        let within = (length % BLOCK_SIZE) as usize;
-        let mut list = Vec::new();
-        if length < old && within != 0 {
-            let index = length / BLOCK_SIZE;
-            let mut block = self.read_blocks(key, index, index + 1)?;
-            block[within..].fill(0);
-            list.push((index, Block::Image(block.into())));
-        }
-        self.commit(Record::Change(ChangeRecord {
-            key,
-            version,
-            length,
-            previous_length: old,
-            file: entry.map_or_else(|| self.new_file(), |e| e.file),
-            fresh: entry.is_none(),
-            blocks: list,
-        }))
-    }
-
-    fn remove(&self, key: Key, entry: Option<Entry>) -> Result<(), ChunkError> {
+    pub(super) fn remove(&self, key: Key, entry: Option<Entry>) -> Result<(), ChunkError> {
         let Some(entry) = entry else {
             return Ok(());
         };
@@ -404,7 +253,7 @@ impl Engine {
     }
 
     /// Removes a chunk's former file.
-    fn unlink(&self, key: Key, file: FileId) -> Result<(), ChunkError> {
+    pub(super) fn unlink(&self, key: Key, file: FileId) -> Result<(), ChunkError> {
         match self.disk.remove_file(&chunk_path(key, file)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(self.poison.set("removing a chunk file", &error));
@@ -417,122 +266,10 @@ impl Engine {
     }
 
     /// Logs a change of a chunk and makes it visible.
-    fn commit(&self, record: Record) -> Result<(), ChunkError> {
+    pub(super) fn commit(&self, record: Record) -> Result<(), ChunkError> {
         let durable = self.log.append(&record)?;
         self.state().redo(record, durable.lsn);
         Ok(())
-    }
-
-    /// Writes a whole chunk into a new file, which then takes the place of the old.
-    fn replace(&self, key: Key, old: Option<Entry>, version: Version, data: &[u8]) -> Result<(), ChunkError> {
-        let file = self.new_file();
-        self.check_space(data.len() as u64 + 3 * u64::from(BLOCK_SIZE))?;
-        let staged = staging_path(file);
-        if let Err(error) = self.stage(key, &staged, version, data) {
-            let _ = self.disk.remove_file(&staged);
-            return Err(error);
-        }
-        let length = data.len() as u32;
-        let record = Record::Replace(ReplaceRecord {
-            key,
-            version,
-            length,
-            file,
-        });
-        let durable = match self.log.append(&record) {
-            Ok(durable) => durable,
-            Err(error) => {
-                // After any other failure the record may yet be found in the log.
-                if matches!(error, ChunkError::NoSpace) {
-                    let _ = self.disk.remove_file(&staged);
-                }
-                return Err(error);
-            }
-        };
-        let _file = self.lock_file(key);
-        self.state().redo(record, durable.lsn);
-        self.disk
-            .rename(&staged, &chunk_path(key, file))
-            .map_err(|error| self.poison.set("renaming a chunk file", &error))?;
-        let dir = volume_dir(key.0, key.1.volume);
-        self.state().dirty_dirs.insert(dir);
-        match old {
-            Some(old) => self.unlink(key, old.file),
-            None => Ok(()),
-        }
-    }
-
-    fn stage(&self, key: Key, path: &str, version: Version, data: &[u8]) -> Result<(), ChunkError> {
-        let doing = "writing a new chunk file";
-        let write = || -> io::Result<Arc<dyn DiskFile>> {
-            self.ensure_dir(key)?;
-            let file = self.disk.open(path, Mode::Create)?;
-            let (whole, rest) = data.as_chunks::<BLOCK>();
-            let mut last = [0; BLOCK];
-            last[..rest.len()].copy_from_slice(rest);
-            let header = Header {
-                rs: key.0,
-                chunk: key.1,
-                version,
-                length: data.len() as u32,
-            };
-            let mut start = Vec::with_capacity(HEADER_BYTES + (whole.len() + 1) * 4);
-            header.encode(&mut start);
-            for block in whole {
-                start.extend_from_slice(&block_sum(block).to_le_bytes());
-            }
-            if !rest.is_empty() {
-                start.extend_from_slice(&block_sum(&last).to_le_bytes());
-            }
-            file.write_at(&start, 0)?;
-            file.write_at(whole.as_flattened(), block_offset(0))?;
-            if !rest.is_empty() {
-                file.write_at(&last, block_offset(whole.len() as u32))?;
-            }
-            Ok(file)
-        };
-        let file = write().map_err(|error| self.failed(doing, &error))?;
-        file.sync()
-            .and_then(|()| self.disk.sync_dir(STAGING))
-            .map_err(|error| self.poison.set("syncing a new chunk file", &error))
-    }
-
-    pub(super) fn install(&self, key: Key, version: Version, data: &Bytes, crc: u32) -> Result<(), ChunkError> {
-        admit_install(key.1, version, data, crc)?;
-        let bound = self.record_bound(data.len());
-        let _room = self.reserve(bound)?;
-        let _change = self.lock_change(key);
-        let old = self.state().entry(key);
-        if version == Version::NONE {
-            return self.remove(key, old);
-        }
-        if data.len() >= self.limits.direct || bound == self.log.max_record() {
-            return self.replace(key, old, version, data);
-        }
-        if !data.is_empty() {
-            self.check_space(data.len() as u64 + 3 * u64::from(BLOCK_SIZE))?;
-        }
-        let images = if data.is_empty() {
-            Bytes::new()
-        } else {
-            self.compose(key, 0, 0, data)?
-        };
-        let record = Record::Change(ChangeRecord {
-            key,
-            version,
-            length: data.len() as u32,
-            previous_length: 0,
-            file: self.new_file(),
-            fresh: true,
-            blocks: (0..).zip(split(&images)).collect(),
-        });
-        let durable = self.log.append(&record)?;
-        let _file = self.lock_file(key);
-        self.state().redo(record, durable.lsn);
-        match old {
-            Some(old) => self.unlink(key, old.file),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn drop_volume(&self, volume: VolumeId) -> Result<(), ChunkError> {
@@ -604,9 +341,4 @@ impl Engine {
         }
         Ok(())
     }
-}
-
-/// Whole blocks, sharing the memory.
-fn split(images: &Bytes) -> impl Iterator<Item = Block> + '_ {
-    (0..images.len() / BLOCK).map(|i| Block::Image(images.slice(i * BLOCK..(i + 1) * BLOCK)))
 }

@@ -27,6 +27,8 @@ const FRAME_HEADER: usize = 48;
 const SLOT_BYTES: usize = 64;
 /// Two slots, written in turn.
 const AREA_START: u64 = 2 * PAGE;
+/// A frame's memory is used again up to this size.
+const SPARE: usize = 4 << 20;
 /// Upper bound of what a record may cost beyond its own bytes: a frame of its own.
 const FRAME_COST: u64 = 2 * PAGE;
 
@@ -195,6 +197,8 @@ struct State {
     slot: Slot,
     /// Records that wait for the next frame; room for the header in front.
     batch: Vec<u8>,
+    /// The memory of the frame before: empty.
+    spare: Vec<u8>,
     /// Number of the batch being filled; those below `done` are written.
     filling: u64,
     done: u64,
@@ -302,6 +306,7 @@ impl Log {
                 end: slot.start,
                 slot,
                 batch: vec![0; FRAME_HEADER],
+                spare: Vec::new(),
                 filling: 0,
                 done: 0,
                 writing: false,
@@ -465,14 +470,9 @@ impl Log {
 
     /// Makes a record durable. The caller has reserved the room.
     pub(super) fn append(&self, record: &Record) -> Result<Durable<'_>, ChunkError> {
-        let mut bytes = Vec::new();
-        bytes.put_u32_le(0);
-        record.encode(&mut bytes);
-        let length = bytes.len() as u32 - 4;
-        bytes[..4].copy_from_slice(&length.to_le_bytes());
-
+        let length = record.encoded_len();
         let mut state = self.lock();
-        while state.batch.len() > FRAME_HEADER && (state.batch.len() + bytes.len()) as u64 > self.max_batch() {
+        while state.batch.len() > FRAME_HEADER && (state.batch.len() + 4 + length) as u64 > self.max_batch() {
             self.poison.check()?;
             if state.writing {
                 state = self.wait(state);
@@ -481,8 +481,10 @@ impl Log {
             }
         }
         let batch = state.filling;
-        state.batch.extend_from_slice(&bytes);
-        drop(bytes);
+        // And for what fills up the frame's last page.
+        state.batch.reserve(4 + length + PAGE as usize);
+        state.batch.put_u32_le(length as u32);
+        record.encode(&mut state.batch);
         state.waiting += 1;
         let lsn = state.end;
         *state.pins.entry(lsn).or_default() += 1;
@@ -518,7 +520,9 @@ impl Log {
 
     /// Writes the present batch for all that wait for it.
     fn write<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let mut frame = std::mem::replace(&mut state.batch, vec![0; FRAME_HEADER]);
+        let mut next = std::mem::take(&mut state.spare);
+        next.resize(FRAME_HEADER, 0);
+        let mut frame = std::mem::replace(&mut state.batch, next);
         let records = std::mem::take(&mut state.waiting);
         let batch = state.filling;
         state.filling += 1;
@@ -548,7 +552,11 @@ impl Log {
             self.poison.set("writing the log", &error);
         }
 
+        frame.clear();
         let mut state = self.lock();
+        if frame.capacity() <= SPARE {
+            state.spare = frame;
+        }
         state.writing = false;
         if full {
             state.refused.insert(batch, records);

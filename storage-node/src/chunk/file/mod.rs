@@ -5,7 +5,7 @@
 //! - `log`, `record`: the write-ahead log with group commit, and what is in it.
 //! - `format`: the chunk file.
 //! - `state`: the index, and the overlay of what only the log has.
-//! - `engine`: changes; `reading`: reads; `checkpoint` folds the log into the files; `recovery` opens.
+//! - `engine`: locks and room, `writing`: changes; `reading`: reads; `checkpoint` folds the log into the files; `recovery` opens.
 //! - `check`: the offline check.
 
 mod check;
@@ -20,6 +20,7 @@ mod reading;
 mod record;
 mod recovery;
 mod state;
+mod writing;
 
 #[cfg(test)]
 mod damage_tests;

@@ -1,15 +1,17 @@
 //! Reading: chunk files with the overlay on top, verified; and the index.
 
-use super::disk::{Mode, is_transient};
+use super::disk::{DiskFile, Mode, is_transient};
 use super::engine::{BLOCK, Engine};
-use super::format::{FileId, Key, block_offset, block_sum, blocks, chunk_path, table_offset};
+use super::format::{Key, block_offset, block_sum, blocks, chunk_path, table_offset};
 use super::record::Block;
 use super::state::Entry;
 use crate::chunk::{BLOCK_SIZE, ChunkError, ChunkSummary, Contents, Usage};
 use bytes::Bytes;
 use lazarette_types::{ChunkId, ReplicaSetId, Version, VolumeId};
-use std::collections::BTreeSet;
+use std::cell::OnceCell;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::Arc;
 
 /// What a read needs to know of a chunk.
 struct View {
@@ -17,6 +19,8 @@ struct View {
     base: u32,
     /// Changed blocks of the range, ascending.
     pending: Vec<(u32, Block)>,
+    /// The chunk's file, once something was read from it.
+    file: OnceCell<Arc<dyn DiskFile>>,
 }
 
 /// Where a block is read from.
@@ -35,6 +39,7 @@ impl Engine {
             entry,
             base: blocks(entry.length),
             pending: Vec::new(),
+            file: OnceCell::new(),
         };
         if let Some(overlay) = state.overlay(key) {
             view.base = overlay.base;
@@ -47,15 +52,17 @@ impl Engine {
         Some(view)
     }
 
-    /// Whole blocks `first..last`, verified. The caller shares the file lock.
+    /// Whole blocks `first..last` of the view's range, verified. The caller shares the file lock.
     fn read_view(&self, key: Key, view: &View, first: u32, last: u32) -> Result<Vec<u8>, ChunkError> {
         let corrupt = |reason: String| ChunkError::Corrupt { chunk: key.1, reason };
         let mut buffer = vec![0; (last - first) as usize * BLOCK];
         let place = |block: u32| (block - first) as usize * BLOCK;
+        let pending = &view.pending[view.pending.partition_point(|(index, _)| *index < first)..];
+        let pending = &pending[..pending.partition_point(|(index, _)| *index < last)];
         // Which blocks the file has, with their checksum where the overlay knows better.
-        let mut pending = view.pending.iter().peekable();
+        let mut changed = pending.iter().peekable();
         let sources: Vec<Source> = (first..last)
-            .map(|block| match pending.next_if(|(index, _)| *index == block) {
+            .map(|block| match changed.next_if(|(index, _)| *index == block) {
                 Some((_, Block::Image(_))) => Source::Elsewhere,
                 Some((_, Block::InFile(sum))) => Source::File(Some(*sum)),
                 None if block < view.base => Source::File(None),
@@ -66,7 +73,7 @@ impl Engine {
         if let (Some(low), Some(high)) = (sources.iter().position(in_file), sources.iter().rposition(in_file)) {
             let mut table = vec![0; (high + 1 - low) * 4];
             let span = low * BLOCK..(high + 1) * BLOCK;
-            self.read_file(key, view.entry.file, first + low as u32, &mut table, &mut buffer[span])
+            self.read_file(key, view, first + low as u32, &mut table, &mut buffer[span])
                 .map_err(|error| {
                     if is_transient(&error) {
                         ChunkError::Io(format!("reading a chunk file: {error}"))
@@ -87,7 +94,7 @@ impl Engine {
                 }
             }
         }
-        for (index, block) in &view.pending {
+        for (index, block) in pending {
             if let Block::Image(image) = block {
                 buffer[place(*index)..place(*index) + BLOCK].copy_from_slice(image);
             }
@@ -96,8 +103,14 @@ impl Engine {
     }
 
     /// Reads blocks and their part of the checksum table; what the file lacks stays zeros.
-    fn read_file(&self, key: Key, file: FileId, first: u32, table: &mut [u8], data: &mut [u8]) -> io::Result<()> {
-        let file = self.disk.open(&chunk_path(key, file), Mode::Read)?;
+    fn read_file(&self, key: Key, view: &View, first: u32, table: &mut [u8], data: &mut [u8]) -> io::Result<()> {
+        let file = match view.file.get() {
+            Some(file) => file,
+            None => {
+                let file = self.disk.open(&chunk_path(key, view.entry.file), Mode::Read)?;
+                view.file.get_or_init(|| file)
+            }
+        };
         file.read_at(table, table_offset(first))?;
         file.read_at(data, block_offset(first))?;
         Ok(())
@@ -110,6 +123,19 @@ impl Engine {
             Some(view) if first < last => self.read_view(key, &view, first, last),
             _ => Ok(Vec::new()),
         }
+    }
+
+    /// Single blocks of a chunk that exists. The caller has its change lock.
+    pub(super) fn read_scattered(&self, key: Key, list: &[u32]) -> Result<HashMap<u32, Vec<u8>>, ChunkError> {
+        let ([first, ..], [.., last]) = (list, list) else {
+            return Ok(HashMap::new());
+        };
+        let _file = self.share_file(key);
+        let Some(view) = self.view(key, *first..last + 1) else {
+            return Ok(HashMap::new());
+        };
+        let read = |&index: &u32| Ok((index, self.read_view(key, &view, index, index + 1)?));
+        list.iter().map(read).collect()
     }
 
     pub(super) fn read(&self, key: Key, offset: u32, length: u32) -> Result<Contents, ChunkError> {

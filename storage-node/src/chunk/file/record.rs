@@ -77,6 +77,9 @@ pub(super) const RECORD_OVERHEAD: u64 = 128;
 /// Bytes of a block in a record beside its image, rounded up.
 pub(super) const BLOCK_OVERHEAD: u64 = 16;
 
+/// A key in a record.
+const KEY_BYTES: usize = 24;
+
 fn put_key(out: &mut Vec<u8>, (rs, chunk): Key) {
     out.put_u32_le(rs.0);
     out.put_u64_le(chunk.volume.0);
@@ -90,6 +93,22 @@ fn put_version(out: &mut Vec<u8>, version: Version) {
 }
 
 impl Record {
+    /// Bytes that [`encode`](Self::encode) adds.
+    pub(super) fn encoded_len(&self) -> usize {
+        let blocks = match self {
+            Self::Change(change) => &change.blocks[..],
+            Self::Replace(_) => return 1 + KEY_BYTES + 16 + 4 + 8,
+            Self::Remove { .. } => return 1 + KEY_BYTES + 8,
+            Self::DropVolume { .. } => return 1 + 8 + 8,
+            Self::DropReplicaSet { .. } => return 1 + 4 + 8,
+        };
+        let block = |(_, block): &(u32, Block)| match block {
+            Block::Image(image) => 5 + image.len(),
+            Block::InFile(_) => 5 + 4,
+        };
+        1 + KEY_BYTES + 16 + 4 + 4 + 8 + 1 + 4 + blocks.iter().map(block).sum::<usize>()
+    }
+
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Self::Change(change) => {
@@ -349,6 +368,7 @@ mod tests {
         fn records_round_trip(record in record(), cut: prop::sample::Index) {
             let mut bytes = Vec::new();
             record.encode(&mut bytes);
+            prop_assert_eq!(record.encoded_len(), bytes.len());
             prop_assert_eq!(Record::decode(bytes.clone().into()), Ok(record));
             let cut = cut.index(bytes.len());
             prop_assert!(Record::decode(bytes[..cut].to_vec().into()).is_err());

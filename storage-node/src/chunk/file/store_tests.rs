@@ -177,7 +177,12 @@ async fn dropped_calls_leave_whole_changes() {
     let store = open(dir.path());
     let mut version = Version::NONE;
     for n in 1..=200u64 {
-        let change = write(0, data(5000, n));
+        let whole = data(5000, n);
+        let change = Change::write([
+            (0, whole.slice(..100)),
+            (100, whole.slice(100..4500)),
+            (4500, whole.slice(4500..)),
+        ]);
         let call = store.apply(RS, chunk(0), version, v(n), change);
         let pause = Duration::from_micros(n * 13 % 700);
         let _ = tokio::time::timeout(pause, call).await;
@@ -197,6 +202,8 @@ async fn dropped_calls_leave_whole_changes() {
 #[derive(Clone, Debug)]
 enum Op {
     Write(u32, u32, usize),
+    /// Parts after gaps.
+    Scatter(u32, Vec<(u32, usize)>),
     Truncate(u32, u32),
     Delete(u32),
     Install(u32, usize),
@@ -213,6 +220,8 @@ fn op() -> impl Strategy<Value = Op> {
     let size = prop_oneof![1..9000usize, 60_000..200_000usize];
     prop_oneof![
         6 => (n.clone(), 0..300_000u32, size.clone()).prop_map(|(n, o, s)| Op::Write(n, o, s)),
+        4 => (n.clone(), proptest::collection::vec((0..50_000u32, 1..60_000usize), 1..8))
+            .prop_map(|(n, parts)| Op::Scatter(n, parts)),
         2 => (n.clone(), 0..300_000u32).prop_map(|(n, l)| Op::Truncate(n, l)),
         1 => n.clone().prop_map(Op::Delete),
         2 => (n.clone(), size).prop_map(|(n, s)| Op::Install(n, s)),
@@ -231,6 +240,15 @@ async fn perform(store: &dyn ChunkStore, op: &Op, n: u64) -> Result<Contents, St
     };
     let outcome = match *op {
         Op::Write(index, offset, size) => apply(index, write(offset, data(size, n))).await,
+        Op::Scatter(index, ref list) => {
+            let mut at = 0;
+            let parts = list.iter().map(|(gap, size)| {
+                let offset = at + gap;
+                at = offset + *size as u32;
+                (offset, data(*size, n + u64::from(offset)))
+            });
+            apply(index, Change::write(parts)).await
+        }
         Op::Truncate(index, length) => apply(index, Change::Truncate(length)).await,
         Op::Delete(index) => apply(index, Change::Delete).await,
         Op::Install(index, size) => {
@@ -301,7 +319,16 @@ async fn change_on(store: Arc<FileChunkStore>, n: u32) {
     loop {
         let next = v(previous.sequence + 1);
         let size = 1 + (next.sequence as usize * 7919) % 150_000;
-        let change = write(0, data(size, next.sequence));
+        // In one part, or in three.
+        let whole = data(size, next.sequence);
+        let cuts = if next.sequence.is_multiple_of(2) {
+            [0, size / 3, size / 2, size]
+        } else {
+            [0, 0, 0, size]
+        };
+        let parts = cuts.windows(2).filter(|cut| cut[0] < cut[1]);
+        let parts = parts.map(|cut| (cut[0] as u32, whole.slice(cut[0]..cut[1])));
+        let change = Change::write(parts);
         store.apply(RS, chunk(n), previous, next, change).await.unwrap();
         println!("acknowledged {n} {}", next.sequence);
         previous = next;

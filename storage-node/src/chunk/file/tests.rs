@@ -45,8 +45,7 @@ pub(super) fn data(length: usize, seed: u64) -> Bytes {
 }
 
 pub(super) fn write(offset: u32, data: Bytes) -> Change {
-    let crc = crc32c(&data);
-    Change::Write { offset, data, crc }
+    Change::write([(offset, data)])
 }
 
 fn contents(engine: &Engine) -> Model {
@@ -79,6 +78,8 @@ enum Op {
     Write(u8, u32, usize),
     /// Behind the chunk's end, this far.
     Append(u8, u32, usize),
+    /// From an offset, parts after gaps.
+    Scatter(u8, u32, Vec<(u32, usize)>),
     Truncate(u8, u32),
     Delete(u8),
     Install(u8, Option<usize>),
@@ -98,12 +99,19 @@ fn size() -> impl Strategy<Value = usize> {
     prop_oneof![1..300usize, 4000..9000usize, 12_000..60_000usize]
 }
 
+/// Between the parts of a write.
+fn gap() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(0), 1..300u32, Just(4096), 1..20_000u32]
+}
+
 fn op() -> impl Strategy<Value = Op> {
     let k = 0..8u8;
     prop_oneof![
         6 => (k.clone(), 0..100_000u32, size()).prop_map(|(k, o, n)| Op::Write(k, o, n)),
         6 => (k.clone(), prop_oneof![Just(0), 0..9000u32], size())
             .prop_map(|(k, o, n)| Op::Append(k, o, n)),
+        6 => (k.clone(), 0..100_000u32, proptest::collection::vec((gap(), size()), 2..12))
+            .prop_map(|(k, o, parts)| Op::Scatter(k, o, parts)),
         3 => (k.clone(), 0..100_000u32).prop_map(|(k, n)| Op::Truncate(k, n)),
         1 => k.clone().prop_map(|k| Op::Truncate(k, 0)),
         2 => k.clone().prop_map(Op::Delete),
@@ -125,12 +133,11 @@ fn perform(engine: &Engine, model: &mut Model, op: &Op, n: u64) -> Result<(), Ch
     let mut apply = |key: Key, change: Change| {
         let (previous, mut bytes) = model.get(&key).cloned().unwrap_or_default();
         match &change {
-            Change::Write { offset, data, .. } => {
-                let end = *offset as usize + data.len();
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
+            Change::Write(parts) => {
+                bytes.resize(bytes.len().max(parts.end() as usize), 0);
+                for part in parts.iter() {
+                    bytes[part.offset as usize..part.end() as usize].copy_from_slice(&part.data);
                 }
-                bytes[*offset as usize..end].copy_from_slice(data);
                 model.insert(key, (v(n), bytes));
             }
             Change::Truncate(length) => {
@@ -150,6 +157,16 @@ fn perform(engine: &Engine, model: &mut Model, op: &Op, n: u64) -> Result<(), Ch
             let end = end.iter().find(|s| s.chunk == key(k).1);
             let offset = end.map_or(0, |s| s.length) + gap;
             apply(key(k), write(offset, data(length, n)))
+        }
+        Op::Scatter(k, start, ref list) => {
+            let mut at = start;
+            let mut parts = Vec::new();
+            for (i, (gap, length)) in (0..).zip(list) {
+                at += gap;
+                parts.push((at, data(*length, n * 16 + i)));
+                at += *length as u32;
+            }
+            apply(key(k), Change::write(parts))
         }
         Op::Truncate(k, length) => apply(key(k), Change::Truncate(length)),
         Op::Delete(k) => apply(key(k), Change::Delete),

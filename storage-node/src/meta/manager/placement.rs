@@ -24,9 +24,12 @@ pub(super) fn plan(view: &ClusterView) -> Vec<(VolumeId, Vec<NodeId>)> {
     plan
 }
 
-/// One of `mine` to give up: there is a live node with at least two fewer than this one, and
-/// nothing is without owner.
+/// One of `mine` to give up: this node is to leave, or there is a live node with at least two fewer
+/// than this one and nothing is without owner.
 pub(super) fn surplus(view: &ClusterView, me: &NodeId, mine: &HashSet<VolumeId>) -> Option<VolumeId> {
+    if leaves(view, me) {
+        return mine.iter().copied().min();
+    }
     if view.volumes.keys().any(|volume| !view.owners.contains_key(volume)) {
         return None;
     }
@@ -48,9 +51,21 @@ pub(super) fn surplus(view: &ClusterView, me: &NodeId, mine: &HashSet<VolumeId>)
     mine.iter().copied().min_by_key(|volume| affinity(*volume, least_node))
 }
 
-/// How many volumes each live node owns.
+/// Whether a node is to own nothing: it is draining, and others can take over.
+pub(super) fn leaves(view: &ClusterView, node: &NodeId) -> bool {
+    draining(view, node) && !counts(view).contains_key(node)
+}
+
+fn draining(view: &ClusterView, node: &NodeId) -> bool {
+    view.nodes.get(node).is_some_and(|record| record.draining)
+}
+
+/// How many volumes each node owns that can own some: the live ones, without those that are draining
+/// unless there are no others.
 fn counts(view: &ClusterView) -> BTreeMap<NodeId, usize> {
-    let mut owned: BTreeMap<NodeId, usize> = view.live.keys().map(|node| (node.clone(), 0)).collect();
+    let all_drain = view.live.keys().all(|node| draining(view, node));
+    let able = view.live.keys().filter(|node| all_drain || !draining(view, node));
+    let mut owned: BTreeMap<NodeId, usize> = able.map(|node| (node.clone(), 0)).collect();
     for owner in view.owners.values() {
         if let Some(count) = owned.get_mut(&owner.node) {
             *count += 1;
@@ -134,5 +149,29 @@ mod tests {
         assert!(surplus(&more, &me, &mine(&[1, 2, 3])).is_some());
         let ownerless = view(&["a", "b"], 3, &[(1, "a"), (2, "a")]);
         assert_eq!(surplus(&ownerless, &me, &mine(&[1, 2])), None);
+    }
+
+    #[test]
+    fn a_draining_node_gives_everything_up_and_claims_nothing() {
+        let me = NodeId("a".into());
+        let mine = HashSet::from([VolumeId(1), VolumeId(2)]);
+        let mut view = view(&["a", "b"], 3, &[(1, "a"), (2, "a")]);
+        let mark = |view: &mut ClusterView, name: &str| {
+            let record = lazarette_metastore::NodeRecord {
+                disk: "d".into(),
+                failure_domain: "z".into(),
+                draining: true,
+            };
+            view.nodes.insert(NodeId(name.into()), record);
+        };
+        assert!(!leaves(&view, &me));
+        mark(&mut view, "a");
+        assert!(leaves(&view, &me));
+        assert_eq!(surplus(&view, &me, &mine), Some(VolumeId(1)));
+        assert_eq!(plan(&view)[0].1, [NodeId("b".into())]);
+        // With nobody else, somebody has to.
+        mark(&mut view, "b");
+        assert!(!leaves(&view, &me));
+        assert_eq!(plan(&view)[0].1.len(), 2);
     }
 }

@@ -168,6 +168,7 @@ async fn a_deleted_volume_leaves_nothing() {
             session: 5,
             op_id,
             ack_below: 0,
+            handles: None,
             op: Some(op),
         };
         shard.call(request).await.unwrap();

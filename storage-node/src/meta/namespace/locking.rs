@@ -20,6 +20,8 @@ struct Waiter {
     op_id: u64,
     ino: InodeId,
     wanted: Held,
+    /// Bytes that will be appended.
+    length: u64,
 }
 
 /// All waiting requests. Numbers grow, so the order of numbers is that of arrival.
@@ -101,7 +103,7 @@ impl Namespace {
         if wanted.class == LockClass::Posix && self.would_deadlock(ino, &wanted) {
             return Err(Fault::new(ErrorCode::Deadlock, "waiting for the lock would never end"));
         }
-        self.wait(id, ino, wanted, op.wait_ms)
+        self.wait(id, ino, wanted, 0, op.wait_ms)
     }
 
     pub(super) fn append_begin(&mut self, session: SessionId, id: u64, op: &AppendBegin) -> Result<Mutated, Fault> {
@@ -110,7 +112,6 @@ impl Namespace {
         if inode.kind != Kind::File {
             return Err(invalid("only files can be appended to"));
         }
-        let size = inode.size;
         let turn = Held {
             class: LockClass::Append,
             exclusive: true,
@@ -123,12 +124,12 @@ impl Namespace {
         if locks::conflict(self.state.locks(ino), &turn).is_none() {
             let table = locks::grant(self.state.locks(ino), &turn);
             self.state.set_locks(ino, table);
-            return Ok(Mutated::Now(OpResult::Offset(size)));
+            return Ok(Mutated::Now(self.begin_append(ino, op.length)));
         }
         if op.wait_ms == 0 {
             return Err(would_block());
         }
-        self.wait(id, ino, turn, op.wait_ms)
+        self.wait(id, ino, turn, op.length, op.wait_ms)
     }
 
     pub(super) fn append_end(&mut self, session: SessionId, op: &AppendEnd, now: i64) -> Result<OpResult, Fault> {
@@ -152,7 +153,7 @@ impl Namespace {
             .collect();
         self.state.set_locks(ino, left);
         let extended = if op.length > 0 {
-            self.extend_to(ino, end, op.mtime, now)
+            self.extend_to(ino, end, op.since, op.mtime, now)
         } else {
             Ok(())
         };
@@ -183,7 +184,8 @@ impl Namespace {
                 owner: held.owner,
                 start: held.start,
                 end: held.end,
-                pid: held.pid,
+                // A process of another machine has no number here.
+                pid: if held.session == session { held.pid } else { 0 },
             }),
         })
     }
@@ -195,11 +197,16 @@ impl Namespace {
         Ok(())
     }
 
-    fn wait(&mut self, op_id: u64, ino: InodeId, wanted: Held, wait_ms: u32) -> Result<Mutated, Fault> {
+    fn wait(&mut self, op_id: u64, ino: InodeId, wanted: Held, length: u64, wait_ms: u32) -> Result<Mutated, Fault> {
         if self.waiters.waiting.len() >= MAX_WAITERS {
             return Err(would_block());
         }
-        let waiter = self.waiters.add(Waiter { op_id, ino, wanted });
+        let waiter = self.waiters.add(Waiter {
+            op_id,
+            ino,
+            wanted,
+            length,
+        });
         Ok(Mutated::Later(waiter, wait_ms))
     }
 
@@ -254,7 +261,7 @@ impl Namespace {
                 let Some(waiter) = self.waiters.waiting.get(&id) else {
                     continue;
                 };
-                let wanted = waiter.wanted.clone();
+                let (wanted, length) = (waiter.wanted.clone(), waiter.length);
                 if locks::conflict(self.state.locks(ino), &wanted).is_some() {
                     continue;
                 }
@@ -262,11 +269,10 @@ impl Namespace {
                     // What it writes must not be cut; it is looked at again after the cut.
                     continue;
                 }
-                let size = self.state.inode(ino).map_or(0, |inode| inode.size);
                 let table = locks::grant(self.state.locks(ino), &wanted);
                 self.state.set_locks(ino, table);
                 let result = match wanted.class {
-                    LockClass::Append => OpResult::Offset(size),
+                    LockClass::Append => self.begin_append(ino, length),
                     LockClass::Flock | LockClass::Posix => OpResult::Done,
                 };
                 self.finish(id, result);

@@ -4,19 +4,20 @@
 mod attributes;
 mod locking;
 mod sessions;
+mod sizes;
 #[cfg(test)]
 mod tests;
 mod tree;
 
 use super::rows::{Inode, Key, OpResult, Row, Truncate};
 use super::state::State;
-use lazarette_proto::meta::{Done, Kind, Request, StatFsReply, request::Op, response::Result as ReplyKind};
+use lazarette_proto::meta::{AppendTurn, Done, Kind, Request, StatFsReply, request::Op, response::Result as ReplyKind};
 use lazarette_types::{ErrorCode, InodeId, NAME_MAX, ROOT_INODE, SessionId};
 use locking::Waiters;
 use sessions::Opens;
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Results that a session may leave unacknowledged.
 const MAX_RESULTS: u64 = 1 << 16;
@@ -100,15 +101,30 @@ pub struct Limits {
     pub chunk_size: u32,
 }
 
+impl Limits {
+    /// Inodes at most: they are kept in the owner's memory and in etcd, so a volume cannot be filled with
+    /// empty files for ever.
+    pub fn inodes(&self) -> u64 {
+        /// Bytes of quota for each inode, the fewest and the most inodes.
+        const BYTES_PER_INODE: u64 = 4096;
+        const FEWEST: u64 = 100_000;
+        const MOST: u64 = 50_000_000;
+        (self.size / BYTES_PER_INODE).clamp(FEWEST, MOST)
+    }
+}
+
 /// The tree of one shard: rows, and what lives in memory only (open files, waiters).
 #[derive(Debug)]
 pub struct Namespace {
     state: State,
     limits: Limits,
     opens: Opens,
-    /// Sessions of the previous owner that have not yet said what they hold open. While there are
-    /// any, no unlinked inode is given up.
-    unregistered: HashSet<SessionId>,
+    /// Sessions that have yet to say what they hold open: those of the owner before, and one that was alone
+    /// and could open files without a word. While there are any, no unlinked inode is given up. With what
+    /// they have closed since, by the number of the report.
+    unregistered: HashMap<SessionId, HashMap<InodeId, u64>>,
+    /// Results of the owner before, which may have left open what they created.
+    inherited: HashSet<(SessionId, u64)>,
     waiters: Waiters,
     finished: Vec<Finished>,
     work: Vec<Work>,
@@ -120,7 +136,8 @@ impl Namespace {
     /// The tree in these rows. An empty shard gets its root directory.
     pub fn new(state: State, limits: Limits, now: i64) -> Self {
         let mut namespace = Self {
-            unregistered: state.sessions().collect(),
+            unregistered: state.sessions().map(|session| (session, HashMap::new())).collect(),
+            inherited: state.results().collect(),
             state,
             limits,
             opens: Opens::default(),
@@ -217,20 +234,25 @@ impl Namespace {
     fn run(&mut self, request: &Request, now: i64) -> Result<(Outcome, u64), Fault> {
         let session = SessionId(request.session);
         self.check_session(session)?;
+        if let Some(handles) = &request.handles {
+            self.note_handles(session, handles);
+        }
         let Some(op) = &request.op else {
             return Err(Fault::new(ErrorCode::InvalidArgument, "request has no operation"));
         };
-        if let Some(reply) = self.read(session, request.op_id, op)? {
+        if let Some(reply) = self.read(session, op)? {
             return Ok((Outcome::Reply(Ok(reply)), self.seen.get()));
         }
         let id = request.op_id;
         self.check_op_id(session, id, request.ack_below)?;
         if let Some(Row::Result(result)) = self.state.get(&Key::Result(session, id)) {
             let result = OpResult::clone(result);
+            // Once: the session may have closed it when the request comes yet again.
             if let (Op::Create(create), OpResult::Attr(ino, _)) = (op, &result)
                 && create.open
+                && self.inherited.remove(&(session, id))
             {
-                self.reopen(session, *ino, id);
+                self.reopen(session, *ino);
             }
             return Ok((Outcome::Reply(reply_of(result)), self.newest_record()));
         }
@@ -287,7 +309,7 @@ impl Namespace {
     }
 
     /// Executes operations that change no rows. `None` for the others.
-    fn read(&mut self, session: SessionId, op_id: u64, op: &Op) -> Result<Option<Reply>, Fault> {
+    fn read(&mut self, session: SessionId, op: &Op) -> Result<Option<Reply>, Fault> {
         Ok(Some(match op {
             Op::Lookup(op) => self.lookup(op)?,
             Op::GetAttr(op) => self.attr_reply(InodeId(op.ino))?,
@@ -299,22 +321,20 @@ impl Namespace {
                     size_bytes: self.limits.size,
                     used_bytes: usage.bytes,
                     used_inodes: usage.inodes,
+                    inodes: self.limits.inodes(),
                 })
             }
             Op::GetXattr(op) => self.get_xattr(op)?,
             Op::ListXattr(op) => self.list_xattr(InodeId(op.ino))?,
             Op::TestLock(op) => self.test_lock(session, op)?,
-            Op::Open(op) => self.open(session, InodeId(op.ino), op_id)?,
-            Op::Close(op) => {
-                self.close(session, InodeId(op.ino), op_id);
-                Reply::Done(Done {})
-            }
+            Op::Report(_) => Reply::Done(Done {}),
             Op::Create(_)
             | Op::Unlink(_)
             | Op::RmDir(_)
             | Op::Rename(_)
             | Op::Link(_)
             | Op::SetAttr(_)
+            | Op::Reserve(_)
             | Op::Extend(_)
             | Op::SetXattr(_)
             | Op::RemoveXattr(_)
@@ -326,12 +346,13 @@ impl Namespace {
 
     fn mutate(&mut self, session: SessionId, id: u64, op: &Op, now: i64) -> Result<Mutated, Fault> {
         Ok(Mutated::Now(match op {
-            Op::Create(op) => self.create(session, id, op, now)?,
+            Op::Create(op) => self.create(session, op, now)?,
             Op::Unlink(op) => self.unlink(InodeId(op.parent), &op.name, now)?,
             Op::RmDir(op) => self.rm_dir(InodeId(op.parent), &op.name, now)?,
             Op::Rename(op) => self.rename(op, now)?,
             Op::Link(op) => self.link(op, now)?,
-            Op::SetAttr(op) => self.set_attr(op, now)?,
+            Op::SetAttr(op) => self.set_attr(session, op, now)?,
+            Op::Reserve(op) => self.reserve(session, op)?,
             Op::Extend(op) => self.extend(op, now)?,
             Op::SetXattr(op) => self.set_xattr(op, now)?,
             Op::RemoveXattr(op) => self.remove_xattr(op, now)?,
@@ -342,15 +363,24 @@ impl Namespace {
         }))
     }
 
-    /// The inode with an unfinished shrinking that this request has to wait for, if any: nobody
-    /// may extend the file or learn its size before the chunks beyond are cut.
+    /// The inode with an unfinished cut that this request has to wait for, if any: nobody may extend the
+    /// file or learn of it before its chunks are cut.
     pub fn held_up_by(&self, request: &Request) -> Option<InodeId> {
         let ino = match request.op.as_ref()? {
+            Op::ReadDir(op) => {
+                let names = |ino: &InodeId| {
+                    let inode = self.state.inode(*ino);
+                    inode.is_some_and(|inode| inode.nlink > 1 || inode.parent.0 == op.ino)
+                };
+                return self.state.truncates().map(|(ino, _)| ino).find(names);
+            }
+            Op::Rename(op) => self.state.entry(InodeId(op.parent), &op.name)?.1,
+            Op::Link(op) => InodeId(op.ino),
             Op::Lookup(op) => self.state.entry(InodeId(op.parent), &op.name)?.1,
             Op::Create(op) => self.state.entry(InodeId(op.parent), &op.name)?.1,
             Op::GetAttr(op) => InodeId(op.ino),
-            Op::Open(op) => InodeId(op.ino),
             Op::SetAttr(op) => InodeId(op.ino),
+            Op::Reserve(op) => InodeId(op.ino),
             Op::Extend(op) => InodeId(op.ino),
             Op::AppendBegin(op) => InodeId(op.ino),
             Op::AppendEnd(op) => InodeId(op.ino),
@@ -364,8 +394,7 @@ impl Namespace {
         self.state.remove(Key::Garbage(ino));
     }
 
-    /// The chunks beyond the new size are cut. `cut` is what was done: if the file was shrunk
-    /// further meanwhile, the row stays.
+    /// Chunks are cut. `cut` is what was done: if more is to be cut meanwhile, the row stays.
     pub fn cut(&mut self, ino: InodeId, cut: Truncate) {
         if self.state.truncate(ino) == Some(cut) {
             self.state.remove(Key::Truncate(ino));
@@ -416,7 +445,7 @@ fn reply_of(result: OpResult) -> Result<Reply, Fault> {
     match result {
         OpResult::Done => Ok(Reply::Done(Done {})),
         OpResult::Attr(ino, inode) => Ok(Reply::Attr(inode.attr(ino))),
-        OpResult::Offset(offset) => Ok(Reply::AppendOffset(offset)),
+        OpResult::Turn { offset, change } => Ok(Reply::AppendTurn(AppendTurn { offset, change })),
         OpResult::Failed(code, message) => Err(Fault::new(code, message)),
     }
 }

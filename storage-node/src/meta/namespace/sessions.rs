@@ -1,9 +1,10 @@
 //! Sessions and what they hold open.
 
-use super::{Fault, Namespace, Reply};
+use super::{Fault, Namespace};
 use crate::meta::rows::{Key, Row, Session};
+use lazarette_proto::meta::Handles;
 use lazarette_types::{ErrorCode, InodeId, SessionId};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// An open record of this size takes up no more inodes that are given up; they can wait.
 const ENOUGH_BYTES: usize = 256 << 10;
@@ -11,48 +12,57 @@ const ENOUGH_BYTES: usize = 256 << 10;
 /// Who holds which inode open. A session counts once, however many handles it has.
 #[derive(Debug, Default)]
 pub(super) struct Opens {
-    /// By inode: each session with the op id of its last Open.
-    by_inode: HashMap<InodeId, HashMap<SessionId, u64>>,
-    by_session: HashMap<SessionId, BTreeSet<InodeId>>,
+    by_inode: HashMap<InodeId, HashSet<SessionId>>,
+    by_session: HashMap<SessionId, Opened>,
+}
+
+/// What a session holds open.
+#[derive(Debug, Default)]
+struct Opened {
+    inodes: BTreeSet<InodeId>,
+    /// The number of its newest report.
+    reported: u64,
 }
 
 impl Opens {
-    fn add(&mut self, session: SessionId, ino: InodeId, op_id: u64) {
-        let last = self.by_inode.entry(ino).or_default().entry(session).or_default();
-        *last = op_id.max(*last);
-        self.by_session.entry(session).or_default().insert(ino);
+    fn add(&mut self, session: SessionId, ino: InodeId) {
+        self.by_inode.entry(ino).or_default().insert(session);
+        self.by_session.entry(session).or_default().inodes.insert(ino);
     }
 
-    /// Whether the session had it open. A Close that was sent before the last Open does nothing.
-    fn remove(&mut self, session: SessionId, ino: InodeId, op_id: u64) -> bool {
+    /// Whether the session had it open.
+    fn remove(&mut self, session: SessionId, ino: InodeId) -> bool {
+        if let Some(opened) = self.by_session.get_mut(&session) {
+            opened.inodes.remove(&ino);
+        }
+        self.forget(session, ino)
+    }
+
+    fn forget(&mut self, session: SessionId, ino: InodeId) -> bool {
         let Some(sessions) = self.by_inode.get_mut(&ino) else {
             return false;
         };
-        match sessions.get(&session) {
-            Some(opened) if op_id == 0 || op_id >= *opened => {}
-            _ => return false,
-        }
-        sessions.remove(&session);
+        let had = sessions.remove(&session);
         if sessions.is_empty() {
             self.by_inode.remove(&ino);
         }
-        if let Some(inodes) = self.by_session.get_mut(&session) {
-            inodes.remove(&ino);
-        }
-        true
+        had
     }
 
-    fn remove_session(&mut self, session: SessionId) -> Vec<InodeId> {
-        let inodes = self.by_session.remove(&session).unwrap_or_default();
+    fn remove_session(&mut self, session: SessionId) -> BTreeSet<InodeId> {
+        let inodes = self.by_session.remove(&session).unwrap_or_default().inodes;
         for ino in &inodes {
-            if let Some(sessions) = self.by_inode.get_mut(ino) {
-                sessions.remove(&session);
-                if sessions.is_empty() {
-                    self.by_inode.remove(ino);
-                }
-            }
+            self.forget(session, *ino);
         }
-        inodes.into_iter().collect()
+        inodes
+    }
+
+    /// Takes note of a report's number; gives that of the newest one before.
+    fn note_report(&mut self, session: SessionId, number: u64) -> u64 {
+        let opened = self.by_session.entry(session).or_default();
+        let before = opened.reported;
+        opened.reported = number.max(before);
+        before
     }
 }
 
@@ -83,16 +93,45 @@ impl Namespace {
         Ok(())
     }
 
-    /// A session says what it holds open; with `complete` it has said everything.
-    pub fn register(&mut self, session: SessionId, open: &[InodeId], complete: bool) -> Result<(), Fault> {
-        self.check_session(session)?;
-        for ino in open {
-            self.reopen(session, *ino, 0);
+    /// From now on it is not known what a session holds open: until it has registered all of it, no inode
+    /// without a name is given up.
+    pub fn doubt(&mut self, session: SessionId) {
+        if self.check_session(session).is_ok() {
+            self.unregistered.insert(session, HashMap::new());
         }
-        if complete && self.unregistered.remove(&session) {
+    }
+
+    /// A session says everything that it holds open.
+    pub fn register(&mut self, session: SessionId, handles: &Handles) -> Result<(), Fault> {
+        self.check_session(session)?;
+        let closed_since = self.unregistered.get(&session).cloned().unwrap_or_default();
+        for ino in handles.opened.iter().copied().map(InodeId) {
+            // A report may have overtaken this one.
+            if closed_since.get(&ino).is_none_or(|closed| *closed <= handles.number) {
+                self.reopen(session, ino);
+            }
+        }
+        if self.opens.note_report(session, handles.number) < handles.number {
+            self.close_all(session, handles);
+        }
+        if self.unregistered.remove(&session).is_some() {
             self.collect_orphans();
         }
         Ok(())
+    }
+
+    /// Takes note of what a session says that it has opened and closed, unless it has said something newer.
+    pub(super) fn note_handles(&mut self, session: SessionId, handles: &Handles) {
+        if self.opens.note_report(session, handles.number) >= handles.number {
+            return;
+        }
+        for ino in handles.opened.iter().copied().map(InodeId) {
+            self.reopen(session, ino);
+            if let Some(closed) = self.unregistered.get_mut(&session) {
+                closed.remove(&ino);
+            }
+        }
+        self.close_all(session, handles);
     }
 
     /// Ends a session: its locks are released, its opens are closed, its results forgotten.
@@ -112,7 +151,7 @@ impl Namespace {
         self.state.remove(Key::Result(session, u64::MAX));
         self.state.remove(Key::Acked(session));
         self.state.remove(Key::Session(session));
-        if self.unregistered.remove(&session) {
+        if self.unregistered.remove(&session).is_some() {
             self.collect_orphans();
         }
         // Those opened by it that do not fit into this record are found among the orphans later.
@@ -123,23 +162,22 @@ impl Namespace {
         }
     }
 
-    pub(super) fn open(&mut self, session: SessionId, ino: InodeId, op_id: u64) -> Result<Reply, Fault> {
-        let reply = self.attr_reply(ino)?;
-        self.opens.add(session, ino, op_id);
-        Ok(reply)
-    }
-
-    /// Registers an open of an inode if it is there.
-    pub(super) fn reopen(&mut self, session: SessionId, ino: InodeId, op_id: u64) {
+    /// Notes that a session has an inode open, if it is there.
+    pub(super) fn reopen(&mut self, session: SessionId, ino: InodeId) {
         if self.state.inode(ino).is_some() {
-            self.opens.add(session, ino, op_id);
+            self.opens.add(session, ino);
         }
     }
 
-    pub(super) fn close(&mut self, session: SessionId, ino: InodeId, op_id: u64) {
-        if self.opens.remove(session, ino, op_id) {
-            self.release_flocks_left(session, ino);
-            self.collect_if_unused(ino);
+    fn close_all(&mut self, session: SessionId, handles: &Handles) {
+        for ino in handles.closed.iter().copied().map(InodeId) {
+            if let Some(closed) = self.unregistered.get_mut(&session) {
+                closed.insert(ino, handles.number);
+            }
+            if self.opens.remove(session, ino) {
+                self.release_flocks_left(session, ino);
+                self.collect_if_unused(ino);
+            }
         }
     }
 
@@ -156,6 +194,12 @@ impl Namespace {
     /// Whether an inode without name must be kept.
     pub(super) fn in_use(&self, ino: InodeId) -> bool {
         !self.unregistered.is_empty() || self.opens.by_inode.contains_key(&ino)
+    }
+
+    /// Whether no other session can have the inode open.
+    pub(super) fn is_sole_user(&self, session: SessionId, ino: InodeId) -> bool {
+        let users = self.opens.by_inode.get(&ino);
+        self.unregistered.is_empty() && users.is_none_or(|users| users.iter().all(|user| *user == session))
     }
 
     fn collect_if_unused(&mut self, ino: InodeId) {
@@ -179,13 +223,16 @@ impl Namespace {
         }
     }
 
-    /// Whether sessions of the previous owner have yet to say what they hold open.
+    /// Whether sessions have yet to say what they hold open.
     pub fn is_registering(&self) -> bool {
         !self.unregistered.is_empty()
     }
 
     /// Inodes that a session holds open.
     pub fn opened_by(&self, session: SessionId) -> usize {
-        self.opens.by_session.get(&session).map_or(0, BTreeSet::len)
+        self.opens
+            .by_session
+            .get(&session)
+            .map_or(0, |opened| opened.inodes.len())
     }
 }

@@ -1,13 +1,14 @@
 mod files;
 mod locking;
 mod sessions;
+mod sizes;
 mod tree;
 
 use super::*;
 use lazarette_proto::meta::{
-    AppendBegin, AppendEnd, Attr, Close, Create, Extend, GetAttr, GetXattr, Link, ListXattr, Lock, LockKind, LockMode,
-    LockRange, Lookup, Open, ReadDir, ReadLink, RemoveXattr, Rename, RmDir, SetAttr, SetXattr, StatFs, TestLock,
-    Unlink,
+    AppendBegin, AppendEnd, Attr, Create, Extend, GetAttr, GetXattr, Handles, Link, ListXattr, Lock, LockKind,
+    LockMode, LockRange, Lookup, ReadDir, ReadLink, RemoveXattr, Rename, Report, Reserve, RmDir, SetAttr, SetXattr,
+    StatFs, TestLock, Unlink,
 };
 
 const CHUNK: u32 = 1 << 20;
@@ -41,6 +42,7 @@ impl Tree {
             session,
             op_id: self.next,
             ack_below: 0,
+            handles: None,
             op: Some(op),
         };
         self.ns.execute(&request, self.now).outcome
@@ -51,6 +53,29 @@ impl Tree {
             Outcome::Reply(result) => result.map_err(|fault| fault.code),
             Outcome::Wait { .. } => panic!("waits"),
         }
+    }
+
+    /// A session tells what it has opened and closed.
+    fn report(&mut self, session: u64, number: u64, opened: &[u64], closed: &[u64]) {
+        let request = Request {
+            volume: 1,
+            session,
+            handles: Some(handles(number, opened, closed)),
+            op: Some(Op::Report(Report {})),
+            ..Request::default()
+        };
+        let outcome = self.ns.execute(&request, self.now).outcome;
+        assert_eq!(outcome, Outcome::Reply(Ok(Reply::Done(Done {}))));
+    }
+
+    fn open(&mut self, session: u64, ino: u64) {
+        self.next += 1;
+        self.report(session, self.next, &[ino], &[]);
+    }
+
+    fn close(&mut self, session: u64, ino: u64) {
+        self.next += 1;
+        self.report(session, self.next, &[], &[ino]);
     }
 
     fn waits(&mut self, session: u64, op: Op) -> WaiterId {
@@ -91,6 +116,7 @@ impl Tree {
         let name = name.as_bytes().to_vec().into();
         match self.call(Op::Lookup(Lookup { parent, name }))? {
             Reply::Attr(attr) => Ok(attr.ino),
+            Reply::Missing(_) => Err(ErrorCode::NotFound),
             other => panic!("{other:?}"),
         }
     }
@@ -117,7 +143,21 @@ impl Tree {
             end,
             mtime: 0,
             start: 0,
+            since: u64::MAX,
         }))
+    }
+
+    /// An owner that has the rows and knows of nothing else.
+    fn next_owner(&self) -> Self {
+        let mut state = State::new(1);
+        for (key, row) in self.ns.state().rows() {
+            state.redo(key.clone(), Some(row.clone()));
+        }
+        Self {
+            ns: Namespace::new(state, self.ns.limits(), 1),
+            next: 1000,
+            now: 1000,
+        }
     }
 
     fn used(&mut self) -> (u64, u64) {
@@ -129,6 +169,21 @@ impl Tree {
 
     fn garbage(&self) -> Vec<u64> {
         self.ns.state().garbage().map(|(ino, _)| ino.0).collect()
+    }
+}
+
+fn handles(number: u64, opened: &[u64], closed: &[u64]) -> Handles {
+    Handles {
+        number,
+        opened: opened.to_vec(),
+        closed: closed.to_vec(),
+    }
+}
+
+fn creation(name: &str) -> Create {
+    match create(1, name, Kind::File) {
+        Op::Create(create) => create,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -216,4 +271,20 @@ fn posix(ino: u64, mode: LockMode, owner: u64, start: u64, end: u64, wait_ms: u3
 fn flock(ino: u64, mode: LockMode, owner: u64, wait_ms: u32) -> Op {
     let range = Some(range(LockKind::Flock, mode, owner, 0, 0));
     Op::Lock(Lock { ino, range, wait_ms })
+}
+
+fn append_begin(ino: u64, wait_ms: u32) -> Op {
+    Op::AppendBegin(AppendBegin {
+        ino,
+        wait_ms,
+        length: 10,
+    })
+}
+
+/// Where the turn to append begins.
+fn turn<E: std::fmt::Debug>(reply: &Result<Reply, E>) -> u64 {
+    match reply {
+        Ok(Reply::AppendTurn(turn)) => turn.offset,
+        other => panic!("{other:?}"),
+    }
 }

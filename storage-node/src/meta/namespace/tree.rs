@@ -2,8 +2,8 @@
 
 use super::{Fault, Namespace, Reply, check_name, invalid};
 use crate::meta::rows::{Dentry, Garbage, Inode, Key, OpResult, Part, Row};
-use lazarette_proto::meta::{Create, DirEntry, Kind, Link, Lookup, ReadDir, ReadDirReply, Rename};
-use lazarette_types::{ErrorCode, FILE_SIZE_MAX, InodeId, Layout, ROOT_INODE, SessionId};
+use lazarette_proto::meta::{Create, DirEntry, Kind, Link, Lookup, Missing, ReadDir, ReadDirReply, Rename};
+use lazarette_types::{ErrorCode, InodeId, Layout, ROOT_INODE, SessionId};
 
 /// Entries of one ReadDir at most.
 const MAX_ENTRIES: u32 = 4096;
@@ -17,8 +17,12 @@ const NEVER_NAMED: InodeId = InodeId(0);
 impl Namespace {
     pub(super) fn lookup(&self, op: &Lookup) -> Result<Reply, Fault> {
         check_name(&op.name)?;
-        let (_, ino) = self.entry(InodeId(op.parent), &op.name)?;
-        self.attr_reply(ino)
+        let dir = InodeId(op.parent);
+        self.dir(dir)?;
+        match self.state.entry(dir, &op.name) {
+            Some((_, ino)) => self.attr_reply(ino),
+            None => Ok(Reply::Missing(Missing {})),
+        }
     }
 
     /// An existing entry of a directory: its cookie and inode.
@@ -61,7 +65,7 @@ impl Namespace {
         Ok(Reply::ReadDir(ReadDirReply { entries, end }))
     }
 
-    pub(super) fn create(&mut self, session: SessionId, id: u64, op: &Create, now: i64) -> Result<OpResult, Fault> {
+    pub(super) fn create(&mut self, session: SessionId, op: &Create, now: i64) -> Result<OpResult, Fault> {
         if !op.unnamed {
             check_name(&op.name)?;
         } else if !op.name.is_empty() || op.kind != i32::from(Kind::File) || !op.open {
@@ -82,7 +86,7 @@ impl Namespace {
                 return Err(Fault::new(ErrorCode::IsDirectory, "name is a directory"));
             }
             if op.open {
-                self.reopen(session, existing, id);
+                self.reopen(session, existing);
             }
             return self.attr_result(existing);
         }
@@ -98,6 +102,12 @@ impl Namespace {
         }
         if kind == Kind::Directory && parent_links >= MAX_LINKS {
             return Err(Fault::new(ErrorCode::TooManyLinks, "too many directories in one"));
+        }
+        if self.state.usage().inodes >= self.limits.inodes() {
+            return Err(Fault::new(
+                ErrorCode::NoSpace,
+                "volume has as many inodes as its size allows",
+            ));
         }
         let ino = self.next_inode()?;
         let mut mode = if kind == Kind::Symlink { 0o777 } else { op.mode & 0o7777 };
@@ -143,7 +153,7 @@ impl Namespace {
             self.add_entry(dir, &op.name, ino, is_dir, now);
         }
         if op.open {
-            self.reopen(session, ino, id);
+            self.reopen(session, ino);
         }
         self.attr_result(ino)
     }
@@ -199,8 +209,10 @@ impl Namespace {
         let (cookie, ino) = self.entry(dir, name)?;
         self.check_removable_dir(ino)?;
         self.remove_entry(dir, cookie, true, now);
+        let mut removed = self.inode(ino)?.clone();
+        (removed.nlink, removed.ctime) = (0, now);
         self.drop_name(ino, now);
-        Ok(OpResult::Done)
+        Ok(OpResult::Attr(ino, Box::new(removed)))
     }
 
     fn check_removable_dir(&self, ino: InodeId) -> Result<(), Fault> {
@@ -236,20 +248,15 @@ impl Namespace {
             return;
         };
         if inode.kind == Kind::File {
-            let seed = inode.seed;
-            let size = self
-                .state
-                .truncate(ino)
-                .map_or(inode.size, |cut| cut.from.max(inode.size));
-            let size = size.min(FILE_SIZE_MAX);
-            // A first chunk may be there although the size never came to say so.
-            let chunks = (size.div_ceil(self.limits.chunk_size.into()) as u32).max(1);
+            let (seed, size) = (inode.seed, inode.size);
+            let chunks = self.chunks_of(ino, size);
             self.state
                 .put(Key::Garbage(ino), Row::Garbage(Garbage { seed, chunks }));
             self.work.push(super::Work::Remove(ino));
         }
         self.state.remove(Key::Truncate(ino));
         self.state.remove(Key::locks(ino));
+        self.state.remove(Key::reach(ino));
         let names: Vec<Box<[u8]>> = self.state.xattrs(ino).map(|(name, _)| name.into()).collect();
         for name in names {
             self.state.remove(Key::Inode(ino, Part::Xattr(name)));

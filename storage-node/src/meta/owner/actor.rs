@@ -4,14 +4,14 @@
 use super::claim::{Claim, Recovered};
 use super::fold::{Folding, PageWrite};
 use super::leases::{Grant, Leases, Pending, Stream};
-use super::{Gauges, Metrics, OwnerContext, Tuning, not_owner};
+use super::{Gauges, Metrics, OwnerContext, Registration, Terms, Tuning, not_owner};
 use crate::membership::Lease;
 use crate::meta::chunks::{self, ChunkRemover};
 use crate::meta::journal::{self, Fence, Journal, Lost};
 use crate::meta::namespace::{Fault, Limits, Namespace, Outcome, Reply, WaiterId, Work};
 use crate::meta::rows::{Key, Row, Truncate};
 use futures::future::BoxFuture;
-use lazarette_proto::meta::{Request, Response, request::Op};
+use lazarette_proto::meta::{Attr, Request, Response, request::Op};
 use lazarette_types::{InodeId, SessionId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -31,13 +31,18 @@ const BATCH: usize = 256;
 const MAX_REMOVALS: usize = 16;
 /// How often sessions and waiters are looked at.
 const TICK: Duration = Duration::from_millis(250);
+/// Removals of chunks are noted with the next change, or alone after so long: nobody waits for that, and a
+/// change that comes meanwhile would wait for the record.
+const LAZY: Duration = Duration::from_millis(200);
+/// Inodes changed by a request whose attributes are told at most: a rename changes four.
+const MAX_ALSO: usize = 4;
 /// Longest wait for a lock. The client then asks again.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 type CallReply = oneshot::Sender<Result<Response, Fault>>;
 /// A call that was executed and is not answered yet.
 type Executed = (CallReply, Result<Reply, Fault>, Grant);
-type SessionReply = oneshot::Sender<Result<(), Fault>>;
+type SessionReply = oneshot::Sender<Result<Terms, Fault>>;
 type Commit = BoxFuture<'static, Result<(), Lost>>;
 
 /// One operation to execute.
@@ -55,8 +60,7 @@ pub(super) enum Control {
     },
     KeepAlive {
         session: SessionId,
-        open: Vec<InodeId>,
-        complete: bool,
+        registration: Option<Registration>,
         reply: SessionReply,
     },
     CloseSession {
@@ -121,12 +125,14 @@ pub(super) struct Actor {
     deadlines: BTreeSet<(Instant, WaiterId)>,
     /// Requests that wait until a file's chunks are cut.
     held_up: HashMap<InodeId, Vec<Call>>,
-    /// Answers of those that shrank a file, until its chunks are cut.
-    shrinking: HashMap<InodeId, Vec<Executed>>,
+    /// Answers to those whose changes need chunks to be cut, until they are.
+    cutting: HashMap<InodeId, Vec<Executed>>,
     /// When each session ends unless it is renewed.
     sessions: HashMap<SessionId, Instant>,
     /// Until then a client may use cached answers.
     cached_until: Instant,
+    /// How often a sole client got company, from 1 on.
+    company: u64,
     leases: Leases,
     /// Until then clients may hold leases of the owner before.
     leased_before: Instant,
@@ -138,6 +144,8 @@ pub(super) struct Actor {
     removals: VecDeque<(u64, InodeId)>,
     removing: usize,
     running: JoinSet<Finished>,
+    /// There are but removals of chunks in the open record: since when, and its size.
+    idle_record: Option<(Instant, usize)>,
     stopping: bool,
 }
 
@@ -188,16 +196,18 @@ impl Actor {
             waiting: HashMap::new(),
             deadlines: BTreeSet::new(),
             held_up: HashMap::new(),
-            shrinking: HashMap::new(),
+            cutting: HashMap::new(),
             sessions,
             cached_until,
-            leases: Leases::new(tuning.cache_ttl),
+            company: 1,
+            leases: Leases::new(claim.fence.epoch, tuning.cache_ttl),
             leased_before,
             recalls: Vec::new(),
             cuts: VecDeque::new(),
             removals: VecDeque::new(),
             removing: 0,
             running: JoinSet::new(),
+            idle_record: None,
             stopping: false,
         };
         actor.after_execution();
@@ -289,7 +299,7 @@ impl Actor {
 
     /// The next record to commit, if any.
     fn next_commit(&mut self) -> Option<Commit> {
-        if self.closed.is_empty() && self.namespace.state().changed_bytes() > 0 {
+        if self.closed.is_empty() && self.namespace.state().changed_bytes() > 0 && !self.may_wait() {
             self.close_record();
         }
         let record = self.closed.pop_front()?;
@@ -304,7 +314,17 @@ impl Actor {
         }))
     }
 
+    /// Whether the open record has nothing in it that anybody waits for.
+    fn may_wait(&self) -> bool {
+        let state = self.namespace.state();
+        let idle = |(since, bytes): (Instant, usize)| bytes == state.changed_bytes() && since.elapsed() < LAZY;
+        !self.stopping
+            && self.idle_record.is_some_and(idle)
+            && self.answers.range(state.open_record()..).next().is_none()
+    }
+
     fn close_record(&mut self) {
+        self.idle_record = None;
         let (lsn, keys) = self.namespace.state_mut().cut();
         let bytes = journal::encode(&self.fence, lsn, self.namespace.state(), &keys);
         self.closed.push_back(Record {
@@ -338,10 +358,11 @@ impl Actor {
             return;
         }
         let Call { request, reply } = call;
-        if matches!(
-            &request.op,
-            Some(Op::Lock(_) | Op::AppendBegin(_) | Op::AppendEnd(_) | Op::Close(_))
-        ) {
+        let closes = request
+            .handles
+            .as_ref()
+            .is_some_and(|handles| !handles.closed.is_empty());
+        if closes || matches!(&request.op, Some(Op::Lock(_) | Op::AppendBegin(_) | Op::AppendEnd(_))) {
             // One who does not wait any more neither gets a lock nor is part of a deadlock.
             self.drop_cancelled();
         }
@@ -357,8 +378,8 @@ impl Actor {
                 }
                 let told = result.as_ref().ok().filter(|_| !executed.repeated);
                 let grant = self.grant(&request, told);
-                match self.shrunk(&request) {
-                    Some(ino) => self.shrinking.entry(ino).or_default().push((reply, result, grant)),
+                match self.left_to_cut(&request) {
+                    Some(ino) => self.cutting.entry(ino).or_default().push((reply, result, grant)),
                     None => self.answer(executed.after, Answer::Call(reply, result, grant)),
                 }
             }
@@ -380,6 +401,9 @@ impl Actor {
     /// Recalls what others know of that a request has changed, and gives leases on what its reply says.
     fn grant(&mut self, request: &Request, reply: Option<&Reply>) -> Grant {
         let session = SessionId(request.session);
+        if !self.sessions.contains_key(&session) {
+            return Grant::default();
+        }
         let changed = self.recall(Some(session));
         // A sole client and its kernel may cache everything anyway.
         let inodes = match (&request.op, reply) {
@@ -387,10 +411,29 @@ impl Actor {
             _ => Vec::new(),
         };
         let grant = self.leases.grant(session, &inodes);
+        let sole = (self.sessions.len() == 1).then_some(self.company);
+        let also = reply.map_or_else(Vec::new, |reply| self.also(&changed, reply));
         Grant {
             changed: changed.into_iter().collect(),
+            also,
+            sole,
             ..grant
         }
+    }
+
+    /// Attributes of inodes that a request has changed without being answered with them.
+    fn also(&self, changed: &BTreeSet<InodeId>, reply: &Reply) -> Vec<Attr> {
+        let told = match reply {
+            Reply::Attr(attr) => attr.ino,
+            _ => 0,
+        };
+        let state = self.namespace.state();
+        // What is being cut is told to nobody yet.
+        let others = changed
+            .iter()
+            .filter(|ino| ino.0 != told && state.truncate(**ino).is_none());
+        let known = others.filter_map(|ino| Some(state.inode(*ino)?.attr(*ino)));
+        known.take(MAX_ALSO).collect()
     }
 
     /// Recalls leases on what has changed since the last call, for the record that is open.
@@ -406,12 +449,13 @@ impl Actor {
         touched
     }
 
-    /// The file whose chunks a request has left to be cut.
-    fn shrunk(&self, request: &Request) -> Option<InodeId> {
-        let Some(Op::SetAttr(op)) = &request.op else {
-            return None;
+    /// The file whose chunks a request has left to be cut, and which waits for that.
+    fn left_to_cut(&self, request: &Request) -> Option<InodeId> {
+        let ino = match &request.op {
+            Some(Op::SetAttr(op)) => InodeId(op.ino),
+            Some(Op::Reserve(op)) => InodeId(op.ino),
+            _ => return None,
         };
-        let ino = InodeId(op.ino);
         self.namespace.state().truncate(ino).map(|_| ino)
     }
 
@@ -453,14 +497,24 @@ impl Actor {
         match answer {
             Answer::Call(reply, result, grant) => {
                 let answer = if valid {
-                    result.map(|reply| response(reply, self.cache_ttl_ms(), grant))
+                    result.map(|reply| Response {
+                        cache_ttl_ms: self.cache_ttl_ms(grant.sole),
+                        free_bytes: self.namespace.free_bytes(),
+                        owner_epoch: self.fence.epoch,
+                        company: self.company,
+                        ..response(reply, grant)
+                    })
                 } else {
                     Err(not_owner())
                 };
                 let _ = reply.send(answer);
             }
             Answer::Session(reply, result, not_before) => {
-                let result = if valid { result } else { Err(not_owner()) };
+                let result = if valid {
+                    result.map(|()| self.terms())
+                } else {
+                    Err(not_owner())
+                };
                 if not_before <= Instant::now() {
                     let _ = reply.send(result);
                 } else {
@@ -473,10 +527,18 @@ impl Actor {
         }
     }
 
+    fn terms(&self) -> Terms {
+        Terms {
+            epoch: self.fence.epoch,
+            company: self.company,
+        }
+    }
+
     /// A sole client may cache: nobody else can change anything without opening a session first,
-    /// and that waits until the cached answers are out of date.
-    fn cache_ttl_ms(&mut self) -> u32 {
-        if self.sessions.len() != 1 {
+    /// and that waits until the cached answers are out of date. It must have been alone since the answer was
+    /// made, too: `sole` is the count of company then.
+    fn cache_ttl_ms(&mut self, sole: Option<u64>) -> u32 {
+        if self.sessions.len() != 1 || sole != Some(self.company) {
             return 0;
         }
         self.cached_until = Instant::now() + self.tuning.cache_ttl;
@@ -490,6 +552,9 @@ impl Actor {
                 let now = Instant::now();
                 let mut not_before = now;
                 if result.is_ok() {
+                    if !self.sessions.contains_key(&session) {
+                        self.end_solitude();
+                    }
                     self.sessions.insert(session, now + self.tuning.session_ttl);
                     if self.sessions.len() > 1 {
                         not_before = self.cached_until;
@@ -500,11 +565,15 @@ impl Actor {
             }
             Control::KeepAlive {
                 session,
-                open,
-                complete,
+                registration,
                 reply,
             } => {
-                let result = self.namespace.register(session, &open, complete);
+                let result = match registration {
+                    Some(registration) if registration.terms == self.terms() => {
+                        self.namespace.register(session, &registration.handles)
+                    }
+                    _ => self.namespace.check_session(session),
+                };
                 if result.is_ok() {
                     self.sessions.insert(session, Instant::now() + self.tuning.session_ttl);
                 }
@@ -524,6 +593,17 @@ impl Actor {
             Control::Stop => self.stopping = true,
         }
         self.after_execution();
+    }
+
+    /// Another session comes. A sole one may have opened files without a word: nothing of them is given up
+    /// until it has said which, and that it does so no more.
+    fn end_solitude(&mut self) {
+        let mut sessions = self.sessions.keys();
+        if let (Some(sole), None) = (sessions.next(), sessions.next()) {
+            self.company += 1;
+            self.namespace.doubt(*sole);
+            self.leases.announce(*sole, self.company);
+        }
     }
 
     fn end_session(&mut self, session: SessionId) {
@@ -610,7 +690,14 @@ impl Actor {
             Finished::Removed(ino) => {
                 Metrics::add(&self.metrics.removed_files, 1);
                 self.removing -= 1;
+                let fresh = self.namespace.state().changed_bytes() == 0;
+                let idle = fresh || self.may_wait();
+                let since = self
+                    .idle_record
+                    .filter(|_| !fresh)
+                    .map_or_else(Instant::now, |(since, _)| since);
                 self.namespace.removed(ino);
+                self.idle_record = idle.then(|| (since, self.namespace.state().changed_bytes()));
             }
             Finished::Cut(ino, cut) => {
                 self.namespace.cut(ino, cut);
@@ -620,11 +707,11 @@ impl Actor {
         self.after_execution();
     }
 
-    /// A file's chunks are cut, or the file is gone. Those who shrank it hear of it when it is
+    /// A file's chunks are cut, or the file is gone. Those who wait for it hear of it when it is
     /// committed: a later owner must not cut again what was written since.
     fn cut_done(&mut self, ino: InodeId) {
         let newest = self.namespace.newest_record();
-        for (reply, result, grant) in self.shrinking.remove(&ino).unwrap_or_default() {
+        for (reply, result, grant) in self.cutting.remove(&ino).unwrap_or_default() {
             self.answer(newest, Answer::Call(reply, result, grant));
         }
         for call in self.held_up.remove(&ino).unwrap_or_default() {
@@ -663,14 +750,15 @@ fn told(op: &Op, reply: &Reply) -> Vec<InodeId> {
     inodes
 }
 
-/// The response of a reply: how long client and kernel may cache it, and the client's leases.
-fn response(reply: Reply, cache_ttl_ms: u32, grant: Grant) -> Response {
+/// The response of a reply: its result, and the client's leases.
+fn response(reply: Reply, grant: Grant) -> Response {
     Response {
-        cache_ttl_ms,
         lease_ms: grant.duration.as_millis() as u32,
         as_of: grant.as_of,
         changed: grant.changed.into_iter().map(|ino| ino.0).collect(),
+        also: grant.also,
         result: Some(reply),
+        ..Response::default()
     }
 }
 

@@ -11,7 +11,7 @@
 //! are numbered, each reply says how many there were when it was made, and the client keeps nothing of
 //! a reply that is older than a recall of the same inode.
 
-use lazarette_proto::meta::Recall;
+use lazarette_proto::meta::{Attr, Recall};
 use lazarette_types::{InodeId, SessionId};
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -49,7 +49,7 @@ impl Holder {
 }
 
 /// What a reply says of leases.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Grant {
     /// How long the leases hold; zero for none.
     pub(super) duration: Duration,
@@ -57,6 +57,10 @@ pub(super) struct Grant {
     pub(super) as_of: u64,
     /// What the request changed: the session's own leases on these are void.
     pub(super) changed: Vec<InodeId>,
+    /// The attributes of some of these.
+    pub(super) also: Vec<Attr>,
+    /// The session was the only one, with the count of company.
+    pub(super) sole: Option<u64>,
 }
 
 /// A recall that a change has to wait for.
@@ -89,6 +93,7 @@ impl Pending {
 
 /// The leases of a shard.
 pub(super) struct Leases {
+    epoch: u64,
     duration: Duration,
     sessions: HashMap<SessionId, Holder>,
     holders: HashMap<InodeId, Vec<(SessionId, Instant)>>,
@@ -96,8 +101,9 @@ pub(super) struct Leases {
 
 impl Leases {
     /// None are given yet.
-    pub(super) fn new(duration: Duration) -> Self {
+    pub(super) fn new(epoch: u64, duration: Duration) -> Self {
         Self {
+            epoch,
             duration,
             sessions: HashMap::new(),
             holders: HashMap::new(),
@@ -111,6 +117,21 @@ impl Leases {
         holder.last = None;
     }
 
+    /// Tells a session that it is not alone any more. It would hear of it with its next reply; so it may say
+    /// what it has open before anybody else changes anything.
+    pub(super) fn announce(&self, session: SessionId, company: u64) {
+        if let Some(holder) = self.sessions.get(&session)
+            && let Some(stream) = &holder.stream
+        {
+            let _ = stream.recalls.send(Recall {
+                number: holder.count,
+                inodes: Vec::new(),
+                owner_epoch: self.epoch,
+                company,
+            });
+        }
+    }
+
     /// A session has ended.
     pub(super) fn end(&mut self, session: SessionId) {
         self.sessions.remove(&session);
@@ -120,9 +141,8 @@ impl Leases {
     pub(super) fn grant(&mut self, session: SessionId, inodes: &[InodeId]) -> Grant {
         let now = Instant::now();
         let full = self.holders.len() >= MAX_INODES;
-        let Some(holder) = self.sessions.get(&session) else {
-            return Grant::default();
-        };
+        // Also the changes of a session that has no stream are counted: a sole one needs none.
+        let holder = self.sessions.entry(session).or_default();
         let as_of = holder.count;
         if inodes.is_empty() || full || !holder.is_reliable(now) {
             return Grant {
@@ -141,7 +161,7 @@ impl Leases {
         Grant {
             duration: self.duration,
             as_of,
-            changed: Vec::new(),
+            ..Grant::default()
         }
     }
 
@@ -159,8 +179,8 @@ impl Leases {
                 entry.1 = entry.1.max(until);
             }
         }
-        if let Some(holder) = by.and_then(|session| self.sessions.get_mut(&session)) {
-            holder.count += 1;
+        if let Some(session) = by {
+            self.sessions.entry(session).or_default().count += 1;
         }
         let pending = recalled.into_iter().filter_map(|(session, (inodes, until))| {
             // A session that has ended uses nothing any more.
@@ -171,6 +191,8 @@ impl Leases {
             let _ = stream.recalls.send(Recall {
                 number: holder.count,
                 inodes,
+                owner_epoch: self.epoch,
+                company: 0,
             });
             Some(Pending {
                 number: holder.count,
@@ -227,7 +249,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_change_waits_until_the_holder_confirms() {
-        let mut leases = Leases::new(LONG);
+        let mut leases = Leases::new(1, LONG);
         let (_a, mut b) = (attach(&mut leases, A), attach(&mut leases, B));
         let grant = leases.grant(B, &[FILE]);
         assert_eq!((grant.duration, grant.as_of), (LONG, 0));
@@ -243,7 +265,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_silent_holder_delays_once_and_gets_nothing_more() {
-        let mut leases = Leases::new(SHORT);
+        let mut leases = Leases::new(1, SHORT);
         let (_a, b) = (attach(&mut leases, A), attach(&mut leases, B));
         leases.grant(B, &[FILE]);
         let start = Instant::now();
@@ -257,7 +279,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_broken_stream_is_waited_out_and_a_new_one_gets_leases() {
-        let mut leases = Leases::new(SHORT);
+        let mut leases = Leases::new(1, SHORT);
         let (_a, b) = (attach(&mut leases, A), attach(&mut leases, B));
         leases.grant(B, &[FILE]);
         drop(b);
@@ -272,7 +294,7 @@ mod tests {
 
     #[tokio::test]
     async fn ones_own_changes_are_counted_and_not_waited_for() {
-        let mut leases = Leases::new(SHORT);
+        let mut leases = Leases::new(1, SHORT);
         let mut a = attach(&mut leases, A);
         leases.grant(A, &[FILE]);
         assert!(leases.recall(&BTreeSet::from([FILE]), Some(A)).is_empty());

@@ -151,6 +151,7 @@ impl Owner {
             session,
             op_id: self.op,
             ack_below: if self.op.is_multiple_of(3) { self.op - 2 } else { 0 },
+            handles: None,
             op: Some(op),
         };
         self.ns.execute(&request, self.op as i64);

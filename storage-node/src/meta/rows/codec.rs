@@ -1,6 +1,6 @@
 //! The bytes of rows: variable-length numbers, each key relative to the one before.
 
-use super::{Dentry, Garbage, Held, Inode, Key, LockClass, OpResult, Part, Row, Session, Truncate};
+use super::{Dentry, Garbage, Held, Inode, Key, LockClass, OpResult, Part, Reach, Row, Session, Truncate};
 use lazarette_proto::meta::Kind;
 use lazarette_types::{ErrorCode, InodeId, NAME_MAX, SessionId};
 use std::sync::Arc;
@@ -11,6 +11,8 @@ pub const MAX_NAME: usize = NAME_MAX;
 pub const MAX_XATTR_VALUE: usize = 64 << 10;
 /// Longest text (a symlink's target, a client's name, an error message), in bytes.
 const MAX_TEXT: usize = 4096;
+/// Version of the rows' format, for records and pages: 2 has [`Reach`].
+pub const FORMAT: u8 = 2;
 /// Marks a removed row in the head byte.
 const REMOVED: u8 = 0x80;
 
@@ -162,13 +164,14 @@ impl Writer {
                 let number = match part {
                     Part::Attributes => 7,
                     Part::Locks => 8,
+                    Part::Reach => 11,
                     Part::Xattr(_) => 9,
                     Part::Dentry(_) => 10,
                 };
                 self.bytes.push(number | flag);
                 self.ino(&mut context, *ino);
                 match part {
-                    Part::Attributes | Part::Locks => {}
+                    Part::Attributes | Part::Locks | Part::Reach => {}
                     Part::Xattr(name) => self.blob(name),
                     Part::Dentry(cookie) => {
                         self.delta(*cookie, context.cookie);
@@ -215,6 +218,10 @@ impl Writer {
                     self.held(lock);
                 }
             }
+            Row::Reach(Reach { end, cut }) => {
+                self.number(*end);
+                self.number(*cut);
+            }
             Row::Xattr(value) => self.blob(value),
             Row::Dentry(Dentry { name, ino }) => {
                 self.blob(name);
@@ -231,9 +238,10 @@ impl Writer {
                 self.number(ino.0);
                 self.inode(ino.0, inode);
             }
-            OpResult::Offset(offset) => {
-                self.bytes.push(3);
+            OpResult::Turn { offset, change } => {
+                self.bytes.push(5);
                 self.number(*offset);
+                self.number(*change);
             }
             OpResult::Failed(code, message) => {
                 self.bytes.push(4);
@@ -415,6 +423,7 @@ impl<'a> Reader<'a> {
                 self.context.cookie = self.delta(self.context.cookie)?;
                 Key::dentry(ino, self.context.cookie)
             }
+            11 => Key::Inode(self.ino()?, Part::Reach),
             _ => return Err(RowError::Bad("type")),
         })
     }
@@ -462,6 +471,10 @@ impl<'a> Reader<'a> {
                 let held: Result<Vec<_>, _> = (0..count).map(|_| self.held()).collect();
                 Row::Locks(Box::new(held?))
             }
+            Key::Inode(_, Part::Reach) => Row::Reach(Reach {
+                end: self.number()?,
+                cut: self.number()?,
+            }),
             Key::Inode(_, Part::Xattr(_)) => Row::Xattr(self.blob(0, MAX_XATTR_VALUE, "attribute value")?.into()),
             Key::Inode(dir, Part::Dentry(_)) => {
                 let name = Arc::from(self.blob(1, MAX_NAME, "name")?);
@@ -478,7 +491,15 @@ impl<'a> Reader<'a> {
                 let ino = self.number()?;
                 OpResult::Attr(InodeId(ino), Box::new(self.inode(ino)?))
             }
-            3 => OpResult::Offset(self.number()?),
+            // As format 1 has it: whoever has this turn begins again if the file was ever cut.
+            3 => OpResult::Turn {
+                offset: self.number()?,
+                change: 0,
+            },
+            5 => OpResult::Turn {
+                offset: self.number()?,
+                change: self.number()?,
+            },
             4 => {
                 let code = ErrorCode::from_number(self.small()?).ok_or(RowError::Bad("error code"))?;
                 OpResult::Failed(code, self.text("message")?)

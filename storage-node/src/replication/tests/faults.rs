@@ -82,20 +82,21 @@ pub(super) struct FaultyChunks {
     pub(super) disk: Arc<dyn ChunkStore>,
     /// The process was killed: nothing reaches the disk any more.
     pub(super) dead: AtomicBool,
-    /// The disk takes no more changes.
+    /// The disk takes no more data.
     pub(super) full: AtomicBool,
     /// Milliseconds that each change takes.
     pub(super) delay: AtomicU64,
 }
 
 impl FaultyChunks {
-    async fn before_change(&self) -> Result<(), ChunkError> {
+    /// `grows`: the change needs space.
+    async fn before_change(&self, grows: bool) -> Result<(), ChunkError> {
         let delay = self.delay.load(Ordering::Relaxed);
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         }
         self.alive()?;
-        if self.full.load(Ordering::Relaxed) {
+        if grows && self.full.load(Ordering::Relaxed) {
             return Err(ChunkError::NoSpace);
         }
         Ok(())
@@ -119,7 +120,7 @@ impl ChunkStore for FaultyChunks {
         version: Version,
         change: Change,
     ) -> Result<(), ChunkError> {
-        self.before_change().await?;
+        self.before_change(matches!(change, Change::Write(_))).await?;
         self.disk.apply(rs, chunk, previous, version, change).await
     }
 
@@ -146,7 +147,7 @@ impl ChunkStore for FaultyChunks {
         data: Bytes,
         crc: u32,
     ) -> Result<(), ChunkError> {
-        self.before_change().await?;
+        self.before_change(!data.is_empty()).await?;
         self.disk.install(rs, chunk, version, data, crc).await
     }
 

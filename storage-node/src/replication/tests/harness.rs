@@ -2,11 +2,12 @@ use super::faults::{CutStore, FaultyChunks, Link, LinkState};
 use crate::chunk::{ChunkStore, MemoryChunkStore, crc32c};
 use crate::coordinator::{Coordinator, ensure_table};
 use crate::membership::{ClusterView, Lease};
+use crate::replication::configuration::exchanged;
 use crate::replication::{Replicas, ReplicasParts, ReplicationConfig, dial_plain};
 use bytes::Bytes;
 use lazarette_metastore::{
-    ClusterRecord, Keys, LivenessRecord, MemoryStore, MetaStore, NodeRecord, Op, ReplicaSetRecord, Txn, VolumeRecord,
-    VolumeState, decode, encode,
+    ClusterRecord, Condition, Keys, LivenessRecord, MemoryStore, MetaStore, NodeRecord, Op, ReplicaSetRecord,
+    ScrubRecord, Txn, VolumeRecord, VolumeState, decode, encode,
 };
 use lazarette_proto::chunk as pb;
 use lazarette_proto::chunk::chunk_client::ChunkClient;
@@ -56,6 +57,8 @@ pub(super) struct Cluster {
     pub(super) store: Arc<dyn MetaStore>,
     pub(super) keys: Keys,
     pub(super) config: ReplicationConfig,
+    /// How long nodes that start may see others away before they replace them.
+    pub(super) replace_after: Duration,
     pub(super) disks: Vec<Arc<dyn ChunkStore>>,
     /// The same, where they are in memory.
     pub(super) memory: Vec<Arc<MemoryChunkStore>>,
@@ -77,12 +80,17 @@ pub(super) struct Node {
 
 impl Cluster {
     pub(super) async fn start(count: usize, config: ReplicationConfig) -> Self {
+        Self::start_replacing(count, config, Duration::from_secs(3600)).await
+    }
+
+    /// Nodes that are away for so long are replaced.
+    pub(super) async fn start_replacing(count: usize, config: ReplicationConfig, replace_after: Duration) -> Self {
         let memory: Vec<_> = (0..count).map(|_| Arc::new(MemoryChunkStore::new())).collect();
         let disks = memory
             .iter()
             .map(|disk| Arc::clone(disk) as Arc<dyn ChunkStore>)
             .collect();
-        let mut cluster = Self::start_on(Arc::new(MemoryStore::new()), disks, config).await;
+        let mut cluster = Self::start_on(Arc::new(MemoryStore::new()), disks, config, replace_after).await;
         cluster.memory = memory;
         cluster
     }
@@ -92,6 +100,7 @@ impl Cluster {
         store: Arc<dyn MetaStore>,
         disks: Vec<Arc<dyn ChunkStore>>,
         config: ReplicationConfig,
+        replace_after: Duration,
     ) -> Self {
         let count = disks.len();
         // Shown for failed tests.
@@ -133,6 +142,7 @@ impl Cluster {
             let record = NodeRecord {
                 disk: format!("disk-{i}"),
                 failure_domain: format!("zone-{i}"),
+                draining: false,
             };
             then.push(Op::put(keys.node(&node(i)), encode(&record)));
         }
@@ -147,6 +157,7 @@ impl Cluster {
             store,
             keys,
             config,
+            replace_after,
             disks,
             memory: Vec::new(),
             nodes: (0..count).map(|_| None).collect(),
@@ -222,6 +233,7 @@ impl Cluster {
             view: view.clone(),
             dial: dial_plain(),
             config: self.config.clone(),
+            scrub: ScrubRecord::default(),
         });
         let (chunk_service, replica_service) = replicas.services();
         let server = tokio::spawn(async move {
@@ -231,7 +243,14 @@ impl Cluster {
                 .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
                 .await;
         });
-        let coordinator = Coordinator::new(node(i), dyn_store, self.keys.clone(), lease.clone(), view);
+        let coordinator = Coordinator::new(
+            node(i),
+            dyn_store,
+            self.keys.clone(),
+            lease.clone(),
+            view,
+            self.replace_after,
+        );
         self.nodes[i] = Some(Node {
             replicas,
             chunks,
@@ -299,6 +318,29 @@ impl Cluster {
         self.store.revoke(lease.id()).await.unwrap();
     }
 
+    /// Marks a node as one that is to leave, or not.
+    pub(super) async fn set_draining(&self, i: usize, draining: bool) {
+        let key = self.keys.node(&node(i));
+        let record: NodeRecord = decode(&self.store.get(&key).await.unwrap().unwrap().value).unwrap();
+        let record = NodeRecord { draining, ..record };
+        let conditions = vec![];
+        let then = vec![Op::put(key, encode(&record))];
+        self.store.txn(Txn { conditions, then }).await.unwrap();
+    }
+
+    /// Exchanges a member as the coordinator does. Whether nothing came between.
+    pub(super) async fn exchange(&self, set: ReplicaSetId, from: &NodeId, to: usize) -> bool {
+        let key = self.keys.replica_set(set);
+        let kv = self.store.get(&key).await.unwrap().unwrap();
+        let record: ReplicaSetRecord = decode(&kv.value).unwrap();
+        let Some(next) = exchanged(&record, from, &node(to)) else {
+            return false;
+        };
+        let conditions = vec![Condition::ModRevision(key.clone(), kv.mod_revision)];
+        let then = vec![Op::put(key, encode(&next))];
+        self.store.txn(Txn { conditions, then }).await.unwrap().succeeded
+    }
+
     pub(super) fn link(&self, from: usize, to: usize, state: LinkState) {
         self.links[&(from, to)].state.send_replace(state);
     }
@@ -351,16 +393,15 @@ impl Cluster {
 
     /// Waits until all members are in sync and served by a primary.
     pub(super) async fn whole(&self, set: ReplicaSetId) {
-        self.until(set, "whole", |r| r.in_sync.len() == r.members.len() && !r.recovering)
-            .await;
+        self.until(set, "whole", |r| r.settled() && !r.recovering).await;
         self.serving(set).await;
     }
 
     /// Waits until all members have the same chunks, and returns these.
     pub(super) async fn converged(&self, set: ReplicaSetId) -> BTreeMap<ChunkId, Bytes> {
-        let record = self.record(set).await;
         let deadline = Instant::now() + DEADLINE;
         loop {
+            let record = self.record(set).await;
             let mut copies = Vec::new();
             for (i, disk) in self.disks.iter().enumerate() {
                 if !record.members.contains(&node(i)) {
@@ -471,12 +512,34 @@ impl Client {
         offset: u32,
         data: &Bytes,
     ) -> Result<(), ErrorCode> {
+        self.write_parts_once(set, chunk, &[(offset, data.clone())]).await
+    }
+
+    async fn write_parts_once(
+        &self,
+        set: ReplicaSetId,
+        chunk: ChunkId,
+        parts: &[(u32, Bytes)],
+    ) -> Result<(), ErrorCode> {
         self.attempt(set, |mut client, epoch| {
-            let request = write_request(set, epoch, chunk, offset, data);
-            async move { client.write(request).await }
+            let mut request = parts_request(set, epoch, chunk, parts);
+            async move {
+                request.deadline = some_time(&mut client).await?;
+                client.write(request).await
+            }
         })
         .await
         .map(drop)
+    }
+
+    /// One write of several parts, until it is acknowledged or refused for good.
+    pub(super) async fn write_parts(
+        &self,
+        set: ReplicaSetId,
+        chunk: ChunkId,
+        parts: &[(u32, Bytes)],
+    ) -> Result<(), ErrorCode> {
+        self.persist(|| self.write_parts_once(set, chunk, parts)).await
     }
 
     /// Until it is acknowledged, or refused for good.
@@ -530,6 +593,7 @@ impl Client {
                     epoch,
                     chunk: chunk_id(chunk),
                     length,
+                    deadline: some_time(&mut client).await?,
                 };
                 client.truncate(request).await
             })
@@ -548,6 +612,7 @@ pub(super) fn chunk_id(chunk: ChunkId) -> Option<pb::ChunkId> {
     })
 }
 
+/// Without a deadline.
 pub(super) fn write_request(
     set: ReplicaSetId,
     epoch: u64,
@@ -555,14 +620,28 @@ pub(super) fn write_request(
     offset: u32,
     data: &Bytes,
 ) -> pb::WriteRequest {
+    parts_request(set, epoch, chunk, &[(offset, data.clone())])
+}
+
+pub(super) fn parts_request(set: ReplicaSetId, epoch: u64, chunk: ChunkId, parts: &[(u32, Bytes)]) -> pb::WriteRequest {
+    let part = |(offset, data): &(u32, Bytes)| pb::WritePart {
+        offset: *offset,
+        crc: crc32c(data),
+        data: data.clone(),
+    };
     pb::WriteRequest {
         replica_set: set.0,
         epoch,
         chunk: chunk_id(chunk),
-        offset,
-        crc: crc32c(data),
-        data: data.clone(),
+        parts: parts.iter().map(part).collect(),
+        deadline: None,
     }
+}
+
+/// A deadline that does not matter.
+pub(super) async fn some_time(client: &mut ChunkClient<Channel>) -> Result<Option<pb::Deadline>, Status> {
+    let clock = client.clock(pb::ClockRequest {}).await?.into_inner().clock;
+    Ok(Some(pb::Deadline { clock, at_ms: u64::MAX }))
 }
 
 pub(super) fn read_request(set: ReplicaSetId, epoch: u64, chunk: ChunkId) -> pb::ReadRequest {

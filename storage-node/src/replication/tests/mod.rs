@@ -7,6 +7,7 @@
 mod etcd;
 mod faults;
 mod harness;
+mod healing;
 mod model;
 mod random;
 mod scenarios;

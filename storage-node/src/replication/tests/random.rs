@@ -8,6 +8,7 @@ use super::etcd::Etcd;
 use super::faults::LinkState;
 use super::harness::{Client, Cluster, DEADLINE, chunk, node, quick};
 use crate::chunk::{ChunkStore, FileChunkStore};
+use crate::replication::ReplicationConfig;
 use bytes::Bytes;
 use lazarette_types::{ChunkId, ReplicaSetId};
 use rand::rngs::StdRng;
@@ -40,6 +41,17 @@ fn contents(number: u64) -> Bytes {
     data.into()
 }
 
+/// The change as a write of several parts, the number in the first and in the last.
+fn parts(number: u64) -> Vec<(u32, Bytes)> {
+    let whole = contents(number);
+    let least = whole.len().div_ceil(lazarette_proto::MAX_WRITE_PARTS);
+    let size = least.max((number as usize * 13) % whole.len());
+    (0..whole.len())
+        .step_by(size)
+        .map(|at| (at as u32, whole.slice(at..whole.len().min(at + size))))
+        .collect()
+}
+
 /// The highest change up to `limit` after which a chunk could look like this; panics if none.
 fn change_of(data: &[u8], limit: u64) -> u64 {
     if data.is_empty() {
@@ -61,7 +73,7 @@ async fn write_on(client: Client, set: ReplicaSetId, id: ChunkId, history: Arc<H
             client.delete(set, id).await.unwrap();
         } else {
             // The whole change, whatever was there: a shorter one over a longer.
-            client.write(set, id, 0, contents(number)).await.unwrap();
+            client.write_parts(set, id, &parts(number)).await.unwrap();
         }
         history.acknowledged.store(number, Ordering::SeqCst);
     }
@@ -139,9 +151,31 @@ async fn one_fault(cluster: &mut Cluster, random: &mut StdRng) {
     }
 }
 
+/// Members of the set are exchanged, or a node is to leave or to stay: while nothing else happens, or
+/// in the middle of a fault.
+async fn one_move(cluster: &Cluster, set: ReplicaSetId, random: &mut StdRng, draining: &mut Option<usize>) {
+    let count = cluster.disks.len();
+    if random.random() {
+        let members = cluster.record(set).await.members;
+        let from = &members[random.random_range(0..members.len())];
+        for _ in 0..random.random_range(1..3) {
+            cluster.exchange(set, from, random.random_range(0..count)).await;
+        }
+    } else if let Some(node) = draining.take() {
+        cluster.set_draining(node, false).await;
+    } else {
+        let node = random.random_range(0..count);
+        cluster.set_draining(node, true).await;
+        *draining = Some(node);
+    }
+    tokio::time::sleep(Duration::from_millis(random.random_range(0..400))).await;
+}
+
+/// With more nodes than copies, members move as well.
 async fn survive(mut cluster: Cluster, seed: u64, rounds: usize, copies: u32, ack: u32) {
     let mut random = StdRng::seed_from_u64(seed);
     let set = cluster.table(copies, ack).await[0];
+    let mut draining = None;
     let histories: Vec<_> = (0..4).map(|_| Arc::new(History::default())).collect();
     for round in 0..rounds {
         tracing::info!(seed, round, "round");
@@ -160,6 +194,9 @@ async fn survive(mut cluster: Cluster, seed: u64, rounds: usize, copies: u32, ac
             clients.spawn(read_on(cluster.client(), set, id, history, stop));
         }
         tokio::time::sleep(Duration::from_millis(random.random_range(0..200))).await;
+        if cluster.disks.len() > copies as usize {
+            one_move(&cluster, set, &mut random, &mut draining).await;
+        }
         one_fault(&mut cluster, &mut random).await;
         tokio::time::sleep(Duration::from_millis(random.random_range(0..200))).await;
         stop.store(true, Ordering::SeqCst);
@@ -179,19 +216,39 @@ async fn survive(mut cluster: Cluster, seed: u64, rounds: usize, copies: u32, ac
         }
         cluster.converged(set).await;
     }
-    let record = cluster.record(set).await;
-    assert!(record.members.iter().all(|m| (0..3).any(|i| node(i) == *m)));
+    if let Some(node) = draining {
+        cluster.set_draining(node, false).await;
+    }
+    // Nodes that are not members any more have dropped what they had.
+    let deadline = Instant::now() + DEADLINE;
+    for (i, disk) in cluster.disks.iter().enumerate() {
+        while !cluster.record(set).await.involves(&node(i)) && !disk.list(set).await.unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "node {i} keeps what it does not need");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// A number from the environment.
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(otherwise)
+}
+
+/// Times that suit moves: what was left is dropped soon, and led by whom it should.
+fn moving() -> ReplicationConfig {
+    ReplicationConfig {
+        sweep_every: Duration::from_millis(100),
+        hand_back_after: Duration::from_millis(500),
+        ..quick()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_changes_survive_single_faults() {
     // More with LAZARETTE_ROUNDS, others with LAZARETTE_SEED.
-    let number = |name: &str, otherwise| {
-        std::env::var(name)
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(otherwise)
-    };
     let (seed, rounds) = (number("LAZARETTE_SEED", 1), number("LAZARETTE_ROUNDS", 8));
     survive(Cluster::start(3, quick()).await, seed, rounds as usize, 3, 2).await;
 }
@@ -202,9 +259,15 @@ async fn acknowledged_changes_survive_single_faults_of_full_replication() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn acknowledged_changes_survive_single_faults_on_real_disks_and_a_real_etcd() {
+async fn acknowledged_changes_survive_faults_while_members_move() {
+    let (seed, rounds) = (number("LAZARETTE_SEED", 5), number("LAZARETTE_ROUNDS", 8));
+    survive(Cluster::start(4, moving()).await, seed, rounds as usize, 3, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acknowledged_changes_survive_faults_and_moves_on_real_disks_and_a_real_etcd() {
     let etcd = Etcd::start();
-    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let folders: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
     let disks = folders
         .iter()
         .enumerate()
@@ -212,6 +275,7 @@ async fn acknowledged_changes_survive_single_faults_on_real_disks_and_a_real_etc
             Arc::new(FileChunkStore::open(folder.path(), "test", &node(i)).unwrap()) as Arc<dyn ChunkStore>
         })
         .collect();
-    let cluster = Cluster::start_on(etcd.store().await, disks, quick()).await;
-    survive(cluster, 3, 4, 3, 2).await;
+    let never = Duration::from_secs(3600);
+    let cluster = Cluster::start_on(etcd.store().await, disks, moving(), never).await;
+    survive(cluster, 3, 5, 3, 2).await;
 }

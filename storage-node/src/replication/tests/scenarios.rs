@@ -1,10 +1,11 @@
 use super::faults::LinkState;
-use super::harness::{Cluster, DEADLINE, chunk, node, quick, read_request, write_request};
-use crate::chunk::MemoryChunkStore;
-use crate::replication::{RepairBacklog, ReplicationConfig};
+use super::harness::{Cluster, DEADLINE, chunk, node, quick, read_request, some_time, write_request};
+use crate::chunk::{Change, ChunkStore, MemoryChunkStore, Part, Parts, crc32c};
+use crate::replication::{RepairBacklog, ReplicationConfig, ReplicationError};
 use bytes::Bytes;
 use lazarette_metastore::{Op, ReplicaSetRecord, Txn};
-use lazarette_proto::code_of;
+use lazarette_proto::clock::boot_ms;
+use lazarette_proto::{MAX_WRITE_PARTS, chunk as pb, code_of};
 use lazarette_types::{ErrorCode, ReplicaSetId, VolumeId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +27,42 @@ async fn writes_are_read_and_reach_all_members() {
     let copies = cluster.converged(set).await;
     assert_eq!(copies.len(), 1);
     assert_eq!(&copies[&chunk(2, 1)][..], b"\0\0x");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_of_parts_is_one_change_at_every_member() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    let parts = |text: &'static str| [1, 5, 6000].map(|at| (at, Bytes::from_static(text.as_bytes())));
+    let whole = |text: &str| {
+        let mut whole = vec![0; 6000 + text.len()];
+        for at in [1, 5, 6000] {
+            whole[at..at + text.len()].copy_from_slice(text.as_bytes());
+        }
+        Bytes::from(whole)
+    };
+    client.write_parts(set, id, &parts("one")).await.unwrap();
+    cluster.converged(set).await;
+    let first = cluster.disks[0].version(set, id).await.unwrap();
+    // The third copy hears of the second one only from the next primary; and it is sent twice, as
+    // if its acknowledgement had been lost.
+    cluster.link(0, 2, LinkState::Paused);
+    client.write_parts(set, id, &parts("two")).await.unwrap();
+    client.write_parts(set, id, &parts("two")).await.unwrap();
+    let last = cluster.disks[0].version(set, id).await.unwrap();
+    assert_eq!(last.sequence - first.sequence, 2, "each is one change");
+    assert_eq!(cluster.disks[1].version(set, id).await.unwrap(), last);
+    assert_eq!(cluster.disks[2].version(set, id).await.unwrap(), first);
+    cluster.kill(0).await;
+    cluster.link(0, 2, LinkState::Up);
+    assert_eq!(client.read(set, id).await.unwrap(), whole("two"));
+    client.write_parts(set, id, &parts("six")).await.unwrap();
+    cluster.start_node(0).await;
+    cluster.whole(set).await;
+    let copies = cluster.converged(set).await;
+    assert_eq!(copies[&id], whole("six"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -101,10 +138,9 @@ async fn a_primary_cut_off_from_the_store_neither_acknowledges_nor_serves() {
     let read = stale.read(read_request(set, old.epoch, id)).await.unwrap_err();
     assert!(code_of(&read).retryable(), "{read}");
     let data = Bytes::from_static(b"old");
-    let write = stale
-        .write(write_request(set, old.epoch, id, 0, &data))
-        .await
-        .unwrap_err();
+    let mut request = write_request(set, old.epoch, id, 0, &data);
+    request.deadline = some_time(&mut stale).await.unwrap();
+    let write = stale.write(request).await.unwrap_err();
     assert!(code_of(&write).retryable(), "{write}");
     assert_eq!(client.read(set, id).await.unwrap(), "two");
     // And the old map at the new primary is noticed.
@@ -276,7 +312,32 @@ async fn a_full_disk_is_an_error_and_leaves_all_members_alike() {
     assert_eq!(client.read(set, id).await.unwrap(), "fits now");
     assert_eq!(client.read(set, chunk(2, 1)).await.unwrap(), "");
     cluster.whole(set).await;
-    assert_eq!(cluster.converged(set).await.len(), 1);
+    // Of the one that did not exist an empty one is left, with a version that nothing old follows.
+    assert_eq!(cluster.converged(set).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_change_does_not_come_back_with_another_primary() {
+    let mut cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    let id = chunk(2, 0);
+    client.write(set, id, 0, "fits").await.unwrap();
+    cluster.converged(set).await;
+    let before = cluster.memory[1].version(set, id).await.unwrap();
+    // The primary knows at once that its disk is full, the backups make the change a while later.
+    for i in [1, 2] {
+        cluster.running(i).chunks.delay.store(300, Ordering::SeqCst);
+    }
+    cluster.running(0).chunks.full.store(true, Ordering::SeqCst);
+    assert_eq!(client.write(set, id, 0, "no").await.unwrap_err(), ErrorCode::NoSpace);
+    assert_eq!(client.read(set, id).await.unwrap(), "fits");
+    // Nor does a copy of it that is still on its way follow what they have now.
+    for disk in &cluster.memory {
+        assert!(disk.version(set, id).await.unwrap() > before);
+    }
+    cluster.kill(0).await;
+    assert_eq!(client.read(set, id).await.unwrap(), "fits");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -353,34 +414,103 @@ async fn malformed_and_misdirected_requests_are_refused_and_counted() {
         let counters = cluster.running(i).replicas.counters();
         (counters.malformed_requests.get(), counters.stale_requests.get())
     };
-    let mut request = write_request(set, epoch, chunk(2, 0), 0, &data);
+    let error = client
+        .of(&node(0))
+        .write(write_request(set, epoch, chunk(2, 0), 0, &data))
+        .await
+        .unwrap_err();
+    assert_eq!(code_of(&error), ErrorCode::InvalidArgument, "no deadline: {error}");
+    let write_request = async |to: usize, set, epoch, chunk, offset, data: &Bytes| {
+        let mut request = write_request(set, epoch, chunk, offset, data);
+        request.deadline = some_time(&mut client.of(&node(to))).await.unwrap();
+        request
+    };
+    let mut request = write_request(0, set, epoch, chunk(2, 0), 0, &data).await;
     request.chunk = None;
     let error = client.of(&node(0)).write(request).await.unwrap_err();
     assert_eq!(code_of(&error), ErrorCode::InvalidArgument);
-    let mut request = write_request(set, epoch, chunk(2, 0), (64 << 20) - 1, &data);
-    request.data = Bytes::from_static(b"too far");
+    let mut request = write_request(0, set, epoch, chunk(2, 0), (64 << 20) - 1, &data).await;
+    request.parts[0].data = Bytes::from_static(b"too far");
     let error = client.of(&node(0)).write(request).await.unwrap_err();
     assert_eq!(code_of(&error), ErrorCode::InvalidArgument);
-    assert_eq!(counters(0).0, 2);
-    let mut request = write_request(set, epoch, chunk(2, 0), 0, &data);
-    request.crc ^= 1;
+    assert_eq!(counters(0).0, 3);
+    let part = |offset: u32, data: &'static [u8]| pb::WritePart {
+        offset,
+        data: Bytes::from_static(data),
+        crc: crc32c(data),
+    };
+    let many = (0..=MAX_WRITE_PARTS as u32).map(|i| part(2 * i, b"x")).collect();
+    for parts in [
+        vec![],
+        vec![part(0, b"ab"), part(1, b"c")],
+        vec![part(0, b"a"), part(1, b"")],
+        many,
+    ] {
+        let mut request = write_request(0, set, epoch, chunk(2, 0), 0, &data).await;
+        request.parts = parts;
+        let error = client.of(&node(0)).write(request).await.unwrap_err();
+        assert_eq!(code_of(&error), ErrorCode::InvalidArgument, "{error}");
+    }
+    assert_eq!(counters(0).0, 7);
+    let mut request = write_request(0, set, epoch, chunk(2, 0), 0, &data).await;
+    request.parts.push(part(5, b"y"));
+    request.parts[1].crc ^= 1;
     let error = client.of(&node(0)).write(request).await.unwrap_err();
     assert_eq!(code_of(&error), ErrorCode::Unavailable);
     // Not the primary, and not a set.
     let error = client
         .of(&node(1))
-        .write(write_request(set, epoch, chunk(2, 0), 0, &data))
+        .write(write_request(1, set, epoch, chunk(2, 0), 0, &data).await)
         .await
         .unwrap_err();
     assert_eq!(code_of(&error), ErrorCode::WrongEpoch);
     assert_eq!(counters(1).1, 1);
     let error = client
         .of(&node(1))
-        .write(write_request(ReplicaSetId(999), 1, chunk(2, 0), 0, &data))
+        .write(write_request(1, ReplicaSetId(999), 1, chunk(2, 0), 0, &data).await)
         .await
         .unwrap_err();
     assert_eq!(code_of(&error), ErrorCode::WrongEpoch);
     assert_eq!(cluster.converged(set).await.len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_comes_too_late_is_not_made() {
+    let cluster = Cluster::start(3, quick()).await;
+    let set = cluster.table(3, 2).await[0];
+    let client = cluster.client();
+    client.write(set, chunk(2, 0), 0, "kept").await.unwrap();
+    let epoch = cluster.record(set).await.epoch;
+    let mut primary = client.of(&node(0));
+    let data = Bytes::from_static(b"late");
+    let clock = primary.clock(pb::ClockRequest {}).await.unwrap().into_inner();
+    let mut request = write_request(set, epoch, chunk(2, 0), 0, &data);
+    let mut refused = async |deadline| {
+        request.deadline = Some(deadline);
+        code_of(&primary.write(request.clone()).await.unwrap_err())
+    };
+    let (clock, now) = (clock.clock, clock.now_ms);
+    assert_eq!(refused(pb::Deadline { clock, at_ms: now }).await, ErrorCode::Late);
+    // Of a process that was at this address before.
+    let (clock, at_ms) = (clock ^ 1, u64::MAX);
+    assert_eq!(refused(pb::Deadline { clock, at_ms }).await, ErrorCode::Late);
+    // In time when it comes, but not when it is its turn.
+    let tenure = cluster.running(0).replicas.tenure(set).unwrap();
+    let turn = tenure.turn_to_write(chunk(2, 0)).await;
+    let until = boot_ms() + 300;
+    let waits = tokio::spawn({
+        let tenure = Arc::clone(&tenure);
+        let crc = crc32c(&data);
+        let (offset, data) = (0, data.clone());
+        let change = Change::Write(Parts::new(vec![Part { offset, data, crc }]).unwrap());
+        async move { tenure.change(chunk(2, 0), change, Some(until)).await }
+    });
+    while boot_ms() < until {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(turn);
+    assert!(matches!(waits.await.unwrap(), Err(ReplicationError::Late)));
+    assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "kept");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -390,8 +520,9 @@ async fn chunk_access_finds_the_primary_from_any_node() {
     let client = cluster.client();
     client.write(set, chunk(2, 0), 0, "abcdef").await.unwrap();
     let access: Vec<_> = (0..3).map(|i| cluster.running(i).replicas.access()).collect();
-    access[0].truncate(set, chunk(2, 0), 4).await.unwrap();
-    access[1].truncate(set, chunk(2, 0), 2).await.unwrap();
+    let time = Duration::from_secs(1);
+    access[0].truncate(set, chunk(2, 0), 4, time).await.unwrap();
+    access[1].truncate(set, chunk(2, 0), 2, time).await.unwrap();
     assert_eq!(client.read(set, chunk(2, 0)).await.unwrap(), "ab");
     // Through the death of the primary.
     let delete = tokio::spawn({

@@ -7,15 +7,15 @@ fn an_unlinked_file_lives_until_its_last_close() {
     let mut t = tree();
     let file = t.file(1, "f");
     t.extend(file, 5).unwrap();
-    t.by(ALICE, Op::Open(Open { ino: file })).unwrap();
-    t.by(BOB, Op::Open(Open { ino: file })).unwrap();
+    t.open(ALICE, file);
+    t.open(BOB, file);
     t.call(unlink(1, "f")).unwrap();
     assert_eq!(t.stat(file).nlink, 0);
     assert_eq!(t.call(link(file, 1, "again")), Err(ErrorCode::NotFound));
-    t.by(ALICE, Op::Close(Close { ino: file })).unwrap();
-    t.by(ALICE, Op::Close(Close { ino: file })).unwrap();
+    t.close(ALICE, file);
+    t.close(ALICE, file);
     t.extend(file, 9).unwrap();
-    t.by(BOB, Op::Close(Close { ino: file })).unwrap();
+    t.close(BOB, file);
     assert_eq!(t.call(Op::GetAttr(GetAttr { ino: file })), Err(ErrorCode::Stale));
     assert_eq!(t.garbage(), [file]);
     assert_eq!(t.used(), (0, 1));
@@ -25,34 +25,112 @@ fn an_unlinked_file_lives_until_its_last_close() {
 }
 
 #[test]
-fn a_late_close_does_not_undo_a_later_open() {
+fn late_and_repeated_reports_change_nothing() {
     let mut t = tree();
     let file = t.file(1, "f");
-    t.by(ALICE, Op::Open(Open { ino: file })).unwrap();
-    let close = Request {
-        volume: 1,
-        session: ALICE,
-        op_id: t.next - 1,
-        ack_below: 0,
-        op: Some(Op::Close(Close { ino: file })),
-    };
-    t.ns.execute(&close, 1);
+    t.report(ALICE, 3, &[file], &[]);
+    t.report(ALICE, 2, &[], &[file]);
+    t.report(BOB, 1, &[file], &[]);
+    t.report(BOB, 2, &[], &[file]);
+    t.report(BOB, 1, &[file], &[]);
     t.call(unlink(1, "f")).unwrap();
     assert_eq!(t.stat(file).nlink, 0);
+    t.report(ALICE, 4, &[], &[file]);
+    t.report(ALICE, 3, &[file], &[]);
+    assert_eq!(t.garbage(), [file]);
+    // One of what is gone is no harm.
+    t.report(ALICE, 5, &[file], &[]);
+    assert_eq!(t.ns.opened_by(SessionId(ALICE)), 0);
+}
+
+#[test]
+fn a_report_counts_whatever_comes_of_its_request() {
+    let mut t = tree();
+    let file = t.file(1, "f");
+    let with = |ino: u64, number: u64, op: Op| Request {
+        volume: 1,
+        session: BOB,
+        op_id: number,
+        handles: Some(handles(number, &[ino], &[])),
+        op: Some(op),
+        ..Request::default()
+    };
+    t.ns.execute(&with(file, 1, rm_dir(1, "none")), 5);
+    t.call(unlink(1, "f")).unwrap();
+    assert_eq!(t.stat(file).nlink, 0);
+    // What is unlinked by the very request that says that it is open stays, too.
+    let other = t.file(1, "g");
+    t.ns.execute(&with(other, 2, unlink(1, "g")), 6);
+    assert_eq!(t.stat(other).nlink, 0);
+}
+
+#[test]
+fn a_session_that_was_alone_says_what_it_opened_before_anything_is_given_up() {
+    let mut t = tree();
+    let (file, other) = (t.file(1, "f"), t.file(1, "g"));
+    t.ns.doubt(SessionId(ALICE));
+    t.by(BOB, unlink(1, "f")).unwrap();
+    t.by(BOB, unlink(1, "g")).unwrap();
+    assert!(t.garbage().is_empty());
+    t.ns.register(SessionId(ALICE), &handles(1, &[file], &[])).unwrap();
+    assert_eq!(t.garbage(), [other]);
+    t.report(ALICE, 2, &[], &[file]);
+    assert_eq!(t.garbage(), [file, other]);
+}
+
+#[test]
+fn a_registration_that_a_report_overtook_opens_nothing_again() {
+    let mut t = tree();
+    let (file, other) = (t.file(1, "f"), t.file(1, "g"));
+    t.ns.doubt(SessionId(ALICE));
+    t.report(ALICE, 7, &[], &[file]);
+    t.ns.register(SessionId(ALICE), &handles(6, &[file, other], &[]))
+        .unwrap();
+    t.by(BOB, unlink(1, "f")).unwrap();
+    t.by(BOB, unlink(1, "g")).unwrap();
+    assert_eq!(t.garbage(), [file]);
+    // A report from before the registration does not close what is open in it.
+    t.report(ALICE, 6, &[], &[other]);
+    assert_eq!(t.garbage(), [file]);
+}
+
+#[test]
+fn a_repeated_creation_opens_once_at_each_owner() {
+    let mut t = tree();
+    let request = Request {
+        volume: 1,
+        session: ALICE,
+        op_id: 90,
+        op: Some(Op::Create(Create {
+            open: true,
+            ..creation("f")
+        })),
+        ..Request::default()
+    };
+    t.ns.execute(&request, 5);
+    let file = t.find(1, "f").unwrap();
+    t.close(ALICE, file);
+    t.ns.execute(&request, 6);
+    assert_eq!(t.ns.opened_by(SessionId(ALICE)), 0);
+    let mut next = t.next_owner();
+    next.ns.execute(&request, 7);
+    assert_eq!(next.ns.opened_by(SessionId(ALICE)), 1);
+    next.close(ALICE, file);
+    next.ns.execute(&request, 8);
+    assert_eq!(next.ns.opened_by(SessionId(ALICE)), 0);
 }
 
 #[test]
 fn the_end_of_a_session_closes_and_unlocks() {
     let mut t = tree();
     let file = t.file(1, "f");
-    t.by(BOB, Op::Open(Open { ino: file })).unwrap();
+    t.open(BOB, file);
     t.by(BOB, flock(file, LockMode::Exclusive, 1, 0)).unwrap();
-    t.by(BOB, Op::AppendBegin(AppendBegin { ino: file, wait_ms: 0 }))
-        .unwrap();
+    t.by(BOB, append_begin(file, 0)).unwrap();
     t.call(unlink(1, "f")).unwrap();
     let waiter = t.waits(ALICE, flock(file, LockMode::Shared, 2, 100));
-    let turn = t.waits(ALICE, Op::AppendBegin(AppendBegin { ino: file, wait_ms: 9 }));
-    t.by(ALICE, Op::Open(Open { ino: file })).unwrap();
+    let turn = t.waits(ALICE, append_begin(file, 9));
+    t.open(ALICE, file);
     t.ns.end_session(SessionId(BOB));
     let mut finished = t.ns.take_finished();
     finished.sort_by_key(|finished| finished.waiter);
@@ -60,10 +138,7 @@ fn the_end_of_a_session_closes_and_unlocks() {
         (finished[0].waiter, &finished[0].result),
         (waiter, &Ok(Reply::Done(Done {})))
     );
-    assert_eq!(
-        (finished[1].waiter, &finished[1].result),
-        (turn, &Ok(Reply::AppendOffset(0)))
-    );
+    assert_eq!((finished[1].waiter, super::turn(&finished[1].result)), (turn, 0));
     t.ns.end_session(SessionId(ALICE));
     assert_eq!(t.garbage(), [file]);
     assert_eq!(t.by(BOB, Op::StatFs(StatFs {})), Err(ErrorCode::SessionExpired));
@@ -84,6 +159,7 @@ fn a_repeated_operation_gets_the_first_result() {
         session: ALICE,
         op_id: 5,
         ack_below: 0,
+        handles: None,
         op: Some(create(1, "f", Kind::File)),
     };
     let first = t.ns.execute(&request, 100).outcome;
@@ -127,6 +203,7 @@ fn malformed_requests_are_refused() {
         session: ALICE,
         op_id: 9,
         ack_below: 0,
+        handles: None,
         op: Some(create(1, "f", Kind::File)),
     };
     let invalid = ErrorCode::InvalidArgument;
@@ -230,25 +307,17 @@ fn reads_wait_for_what_they_saw() {
 fn orphans_wait_for_sessions_of_the_owner_before() {
     let mut t = tree();
     let file = t.file(1, "f");
-    t.by(BOB, Op::Open(Open { ino: file })).unwrap();
+    t.open(BOB, file);
     t.call(unlink(1, "f")).unwrap();
     let gone = t.file(1, "g");
     // The next owner has the rows, but does not know who holds what open.
-    let mut state = State::new(1);
-    for (key, row) in t.ns.state().rows() {
-        state.redo(key.clone(), Some(row.clone()));
-    }
-    let mut next = Tree {
-        ns: Namespace::new(state, t.ns.limits(), 1),
-        next: 1000,
-        now: 1000,
-    };
+    let mut next = t.next_owner();
     assert!(next.ns.is_registering());
     next.call(unlink(1, "g")).unwrap();
-    next.ns.register(SessionId(ALICE), &[], true).unwrap();
+    next.ns.register(SessionId(ALICE), &handles(0, &[], &[])).unwrap();
     assert!(next.garbage().is_empty());
-    next.ns.register(SessionId(BOB), &[InodeId(file)], true).unwrap();
+    next.ns.register(SessionId(BOB), &handles(1, &[file], &[])).unwrap();
     assert_eq!(next.garbage(), [gone]);
-    next.by(BOB, Op::Close(Close { ino: file })).unwrap();
+    next.close(BOB, file);
     assert_eq!(next.garbage(), [file, gone]);
 }

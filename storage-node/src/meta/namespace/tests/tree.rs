@@ -77,11 +77,11 @@ fn a_file_without_a_name_gets_one_or_goes() {
     };
     assert_eq!(t.attr(link(kept.ino, "f")).nlink, 1);
     for ino in [kept.ino, dropped.ino] {
-        t.call(Op::Close(Close { ino })).unwrap();
+        t.close(ALICE, ino);
     }
     assert_eq!((t.find(1, "f"), t.used().1), (Ok(kept.ino), 2));
     // One that had a name and lost it gets none again.
-    t.call(Op::Open(Open { ino: kept.ino })).unwrap();
+    t.open(ALICE, kept.ino);
     let name = b"f".to_vec().into();
     t.call(Op::Unlink(Unlink { parent: 1, name })).unwrap();
     assert_eq!(t.call(link(kept.ino, "g")), Err(ErrorCode::NotFound));

@@ -36,7 +36,14 @@ async fn owners(rig: Arc<Rig>, shards: watch::Sender<Option<Shard>>) {
             continue;
         };
         for client in 1..=CLIENTS {
-            let _ = shard.keep_alive(SessionId(client), vec![], true).await;
+            let Ok(terms) = shard.keep_alive(SessionId(client), None).await else {
+                continue;
+            };
+            let registration = Registration {
+                terms,
+                handles: Handles::default(),
+            };
+            let _ = shard.keep_alive(SessionId(client), Some(registration)).await;
         }
         shards.send_replace(Some(shard.clone()));
         tokio::time::sleep(Duration::from_millis(100 + number * 37 % 200)).await;
@@ -112,19 +119,25 @@ impl Client {
     }
 
     async fn append(&mut self, ino: u64) {
-        let offset = loop {
-            match self.call(Do::AppendBegin(AppendBegin { ino, wait_ms: 1000 })).await {
-                Ok(Some(ReplyKind::AppendOffset(offset))) => break offset,
+        let turn = loop {
+            let begin = AppendBegin {
+                ino,
+                wait_ms: 1000,
+                length: APPENDED,
+            };
+            match self.call(Do::AppendBegin(begin)).await {
+                Ok(Some(ReplyKind::AppendTurn(turn))) => break turn,
                 Err(ErrorCode::WouldBlock) => {}
                 other => panic!("{other:?}"),
             }
         };
-        assert_eq!(offset % APPENDED, 0);
+        assert_eq!(turn.offset % APPENDED, 0);
         let end = AppendEnd {
             ino,
-            offset,
+            offset: turn.offset,
             length: APPENDED,
             mtime: 0,
+            since: turn.change,
         };
         self.call(Do::AppendEnd(end)).await.unwrap();
         self.appends += 1;

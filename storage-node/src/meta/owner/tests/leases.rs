@@ -30,10 +30,13 @@ async fn open(shard: &Shard, session: u64) -> Holder {
 async fn a_change_is_seen_by_nobody_before_holders_have_dropped_what_they_know() {
     let rig = Rig::memory().await;
     let shard = serve(&rig.node("a").await).await;
-    let (_a, mut b) = (open(&shard, A).await, open(&shard, B).await);
+    let (mut a, mut b) = (open(&shard, A).await, open(&shard, B).await);
     let file = attr(&shard, A, 1, create("f")).await.ino;
     let known = call(&shard, B, 0, lookup("f")).await.unwrap();
     assert_eq!((known.lease_ms, known.cache_ttl_ms), (1000, 0));
+    // A was alone at first.
+    let announced = a.recalls.recv().await.unwrap();
+    assert_eq!((announced.company, announced.inodes.len()), (2, 0));
 
     let changing = tokio::spawn({
         let shard = shard.clone();
@@ -78,6 +81,65 @@ async fn a_repeated_request_gets_its_first_answer_without_a_lease() {
     assert_eq!(first.lease_ms, 1000);
     let again = call(&shard, A, 1, create("f")).await.unwrap();
     assert_eq!((again.result, again.lease_ms), (first.result, 0));
+}
+
+#[tokio::test]
+async fn what_a_sole_client_opened_without_a_word_outlives_the_names_that_others_take() {
+    let rig = Rig::memory().await;
+    let shard = serve(&rig.node("a").await).await;
+    shard.open_session(SessionId(A), "alone".into()).await.unwrap();
+    let alone = call(&shard, A, 1, create("f")).await.unwrap();
+    assert_eq!((alone.owner_epoch, alone.company, alone.cache_ttl_ms), (1, 1, 1000));
+    let directory = alone.also.iter().find(|attr| attr.ino == 1);
+    assert!(directory.is_some_and(|attr| attr.change > 1), "what else was changed");
+    let Some(ReplyKind::Attr(file)) = alone.result else {
+        panic!("{alone:?}");
+    };
+    let other = attr(&shard, A, 2, create("g")).await.ino;
+    // Now it opens "f", and nobody hears of it.
+    let known = shard.keep_alive(SessionId(A), None).await.unwrap();
+    shard.open_session(SessionId(B), "other".into()).await.unwrap();
+    let reply = call(&shard, A, 0, lookup("f")).await.unwrap();
+    assert_eq!((reply.company, reply.cache_ttl_ms), (2, 0));
+    for (op_id, name) in [(1, "f"), (2, "g")] {
+        call(&shard, B, op_id, unlink(name)).await.unwrap();
+    }
+    let nameless = async |ino: u64| attr(&shard, B, 0, Do::GetAttr(GetAttr { ino })).await.nlink == 0;
+    assert!(nameless(file.ino).await && nameless(other).await);
+    // It says what it has open, and does not know yet that it is not alone: that may not be all.
+    let handles = Handles {
+        number: 1,
+        opened: Vec::new(),
+        closed: Vec::new(),
+    };
+    let terms = known;
+    let registration = Registration { terms, handles };
+    let present = shard.keep_alive(SessionId(A), Some(registration)).await.unwrap();
+    assert_ne!(present, known);
+    assert!(nameless(file.ino).await && nameless(other).await);
+    register(&shard, A, 2, &[file.ino]).await;
+    let gone = async |ino: u64| call(&shard, B, 0, Do::GetAttr(GetAttr { ino })).await == Err(ErrorCode::Stale);
+    assert!(gone(other).await && nameless(file.ino).await);
+    report(&shard, A, 3, &[], &[file.ino]).await;
+    assert!(gone(file.ino).await);
+}
+
+#[tokio::test]
+async fn a_reply_from_when_there_was_company_grants_nothing_to_a_client_that_is_alone_now() {
+    let rig = Rig::memory().await;
+    let shard = serve(&rig.node("a").await).await;
+    let (_a, b) = (open(&shard, A).await, open(&shard, B).await);
+    let file = attr(&shard, A, 1, create("f")).await.ino;
+    call(&shard, B, 0, lookup("f")).await.unwrap();
+    // It waits for B, which goes instead.
+    let changing = tokio::spawn({
+        let shard = shard.clone();
+        async move { call(&shard, A, 2, extend(file, 1)).await.unwrap() }
+    });
+    until(|| async { !b.recalls.is_empty() }).await;
+    shard.close_session(SessionId(B)).await.unwrap();
+    assert_eq!(changing.await.unwrap().cache_ttl_ms, 0);
+    assert_eq!(call(&shard, A, 0, lookup("f")).await.unwrap().cache_ttl_ms, 1000);
 }
 
 #[tokio::test]

@@ -72,7 +72,7 @@ fn result() -> impl Strategy<Value = OpResult> {
     prop_oneof![
         Just(OpResult::Done),
         (any::<u64>(), inode()).prop_map(|(ino, inode)| OpResult::Attr(InodeId(ino), Box::new(inode))),
-        any::<u64>().prop_map(OpResult::Offset),
+        (any::<u64>(), any::<u64>()).prop_map(|(offset, change)| OpResult::Turn { offset, change }),
         (0..ErrorCode::ALL.len(), ".{0,60}").prop_map(|(i, text)| OpResult::Failed(ErrorCode::ALL[i], text)),
     ]
 }
@@ -95,6 +95,8 @@ fn change() -> impl Strategy<Value = Change> {
         (ino.clone(), inode()).prop_map(|(ino, inode)| (Key::attributes(ino), Row::Inode(Box::new(inode)))),
         (ino.clone(), proptest::collection::vec(held(), 1..5))
             .prop_map(|(ino, held)| (Key::locks(ino), Row::Locks(Box::new(held)))),
+        (ino.clone(), any::<u64>(), any::<u64>())
+            .prop_map(|(ino, end, cut)| (Key::reach(ino), Row::Reach(Reach { end, cut }))),
         (ino.clone(), bytes(1..255), bytes(0..300))
             .prop_map(|(ino, name, value)| (Key::xattr(ino, &name), Row::Xattr(value.into()))),
         (ino, any::<u64>(), bytes(1..255), any::<u64>()).prop_map(|(dir, cookie, name, child)| {
@@ -193,7 +195,21 @@ fn a_file_takes_less_than_100_bytes() {
 }
 
 #[test]
-fn newer_formats_are_refused() {
-    let sealed = seal_envelope(2, b"x");
-    assert_eq!(open_envelope(1, &sealed), Err(RowError::TooNew(2, 1)));
+fn newer_formats_are_refused_and_older_ones_read() {
+    let sealed = seal_envelope(FORMAT + 1, b"x");
+    assert_eq!(
+        open_envelope(FORMAT, &sealed),
+        Err(RowError::TooNew(FORMAT + 1, FORMAT))
+    );
+    assert_eq!(open_envelope(FORMAT, &seal_envelope(1, b"x")), Ok(&b"x"[..]));
+    // A turn to append as format 1 had it.
+    let mut writer = Writer::default();
+    writer.key(&Key::Result(SessionId(1), 2));
+    let mut bytes = writer.into_bytes();
+    bytes.extend([3, 77]);
+    let turn = OpResult::Turn { offset: 77, change: 0 };
+    assert_eq!(
+        read_all(&bytes).unwrap(),
+        [(Key::Result(SessionId(1), 2), Some(Row::Result(Box::new(turn))))]
+    );
 }

@@ -1,4 +1,4 @@
-//! The lab's control groups: they hold every process of a node, so that none escapes the end.
+//! Control groups: they hold every process that was started in one, so that none escapes the end.
 //!
 //! Works with both layouts: one tree per controller (version 1) and the unified tree (version 2).
 
@@ -15,7 +15,7 @@ use crate::process::Process;
 
 /// The trees of control groups of this machine.
 #[derive(Debug, Clone)]
-pub(super) struct Cgroups {
+pub struct Cgroups {
     /// Where groups are made.
     trees: Vec<PathBuf>,
     /// Where container runtimes may make more: the unified tree beside separate ones.
@@ -24,7 +24,8 @@ pub(super) struct Cgroups {
 }
 
 impl Cgroups {
-    pub(super) fn discover() -> Result<Self> {
+    /// Finds the trees that are mounted.
+    pub fn discover() -> Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mounts").context("read the mounts")?;
         let of_type = |kind: &str| -> Vec<PathBuf> {
             mounts
@@ -50,7 +51,7 @@ impl Cgroups {
     }
 
     /// Makes a group (and its parents) ready for processes or child groups.
-    pub(super) fn create(&self, group: &str) -> Result<()> {
+    pub fn create(&self, group: &str) -> Result<()> {
         for tree in &self.trees {
             let mut parent = tree.clone();
             for part in Path::new(group) {
@@ -72,7 +73,7 @@ impl Cgroups {
     }
 
     /// The folders that a process of the group has to be put into, one per tree.
-    pub(super) fn folders(&self, group: &str) -> Vec<PathBuf> {
+    pub fn folders(&self, group: &str) -> Vec<PathBuf> {
         self.trees.iter().map(|tree| tree.join(group)).collect()
     }
 
@@ -85,7 +86,7 @@ impl Cgroups {
     }
 
     /// The processes in the group and below.
-    pub(super) fn processes(&self, group: &str) -> Vec<Process> {
+    pub fn processes(&self, group: &str) -> Vec<Process> {
         let mut pids = BTreeSet::new();
         for folder in self.all_folders(group) {
             for group in tree(&folder) {
@@ -97,7 +98,7 @@ impl Cgroups {
     }
 
     /// Groups below `group` whose folder has this name, in the first tree that has any.
-    pub(super) fn find(&self, group: &str, name: &str) -> Option<String> {
+    pub fn find(&self, group: &str, name: &str) -> Option<String> {
         self.trees.iter().find_map(|root| {
             tree(&root.join(group)).into_iter().find_map(|folder| {
                 let found = folder.file_name()?.to_str()? == name;
@@ -106,8 +107,27 @@ impl Cgroups {
         })
     }
 
+    /// Processor time that the group and all below have used since they were made.
+    pub fn processor(&self, group: &str) -> Result<Duration> {
+        let read = |file: &str| {
+            let mut files = self.trees.iter().map(|tree| tree.join(group).join(file));
+            files.find_map(|file| fs::read_to_string(file).ok())
+        };
+        let used = if self.unified {
+            let stat = read("cpu.stat");
+            let line = stat.as_deref().and_then(|stat| stat.lines().next());
+            line.and_then(|line| line.strip_prefix("usage_usec ")?.parse().ok())
+                .map(Duration::from_micros)
+        } else {
+            read("cpuacct.usage")
+                .and_then(|nanoseconds| nanoseconds.trim().parse().ok())
+                .map(Duration::from_nanos)
+        };
+        used.with_context(|| format!("control group {group} counts no processor time"))
+    }
+
     /// Kills every process in the group and below.
-    pub(super) async fn kill(&self, group: &str) -> Result<()> {
+    pub async fn kill(&self, group: &str) -> Result<()> {
         // Processes that fork while they are being killed need another round.
         for _ in 0..400 {
             let left = self.processes(group);
@@ -124,7 +144,7 @@ impl Cgroups {
     }
 
     /// Removes the group and everything below. A group that is not there is no error.
-    pub(super) async fn remove(&self, group: &str) -> Result<()> {
+    pub async fn remove(&self, group: &str) -> Result<()> {
         for folder in self.all_folders(group) {
             for child in tree(&folder).into_iter().rev() {
                 remove_one(&child).await?;
@@ -134,7 +154,7 @@ impl Cgroups {
     }
 
     /// The group's folders that exist.
-    pub(super) fn existing(&self, group: &str) -> Vec<PathBuf> {
+    pub fn existing(&self, group: &str) -> Vec<PathBuf> {
         self.all_folders(group)
             .into_iter()
             .filter(|folder| folder.exists())
