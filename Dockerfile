@@ -7,7 +7,7 @@
 FROM rust:1.95.0-bookworm AS build
 # For the generated code of etcd's client.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends protobuf-compiler \
+    && apt-get install --yes --no-install-recommends protobuf-compiler libprotobuf-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .

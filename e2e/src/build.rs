@@ -78,8 +78,7 @@ pub async fn example(package: &str, name: &str) -> Result<PathBuf> {
 
 /// Builds programs (their packages have the same names), optimised.
 async fn programs(names: &[&str]) -> Result<PathBuf> {
-    // etcd's client generates its code with protoc at build time.
-    debian::ensure(&["protobuf-compiler"]).await?;
+    debian::ensure(debian::BUILD_PACKAGES).await?;
     release(names.iter().flat_map(|name| ["--package", name])).await
 }
 

@@ -10,6 +10,9 @@ use anyhow::{Context, Result};
 
 use crate::cmd;
 
+/// What building needs: etcd's client generates its code with protoc, from files that import protobuf's own.
+pub const BUILD_PACKAGES: &[&str] = &["protobuf-compiler", "libprotobuf-dev"];
+
 /// What the lab needs from Debian.
 pub const LAB_PACKAGES: &[&str] = &[
     "runc",
