@@ -47,7 +47,7 @@ pub enum Fault {
     PauseClient(usize, Duration),
     /// A client's network is cut for so long.
     CutClient(usize, Duration),
-    /// A client's network is cut for longer than its session, which ends; it is mounted again.
+    /// A client's network is cut for longer than its session, which ends; it joins the volume anew.
     LoseClient(usize),
     /// SIGKILL of etcd's leader, which starts again.
     KillEtcd,
@@ -261,10 +261,8 @@ impl<'a> Arena<'a> {
                 let folder = self.mounts.path(mount, "");
                 self.running()?.isolate(mount).await?;
                 self.cut(Part::Mount(&folder), LONG, |other| other != mount).await?;
-                // It has found out when its applications have.
+                // What was under way in the old session has failed; then it goes on by itself.
                 self.wait_for_failure(mount).await?;
-                self.cluster.umount(&folder).await?;
-                self.cluster.mount(VOLUME, &folder).await?;
                 self.progress(|_| true).await?;
                 self.running()?.join_all().await?;
             }

@@ -49,6 +49,7 @@ async fn clients_fail() {
     let faults = [
         Fault::CutClient(1, Duration::from_secs(6)),
         Fault::PauseClient(2, Duration::from_secs(6)),
+        Fault::LoseClient(0),
     ];
     play(Arena::NETWORKS, &faults).await;
 }

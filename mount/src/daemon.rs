@@ -126,8 +126,7 @@ impl Daemon {
                 }
                 return Ok(());
             }
-            // Its session was ended by the owner: only a new mount helps.
-            tracing::warn!(folder = %target.display(), "replacing a mount whose session has ended");
+            tracing::warn!(folder = %target.display(), "replacing a mount whose volume was deleted");
             present.unmount(true).await.map_err(|error| status(&error))?;
             lock(&self.mounts).remove(&target);
         }
@@ -146,10 +145,7 @@ impl Daemon {
         tokio::spawn(async move {
             mount.ended().await;
             let mut mounts = lock(&mounts);
-            if mounts
-                .get(&target)
-                .is_some_and(|present| present.volume().session() == mount.volume().session())
-            {
+            if mounts.get(&target).is_some_and(|present| present.is(&mount)) {
                 mounts.remove(&target);
             }
         });

@@ -5,6 +5,7 @@
 
 mod daemon;
 mod fuse;
+mod joined;
 mod metrics;
 mod mounted;
 mod mountpoint;

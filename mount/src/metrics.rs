@@ -21,7 +21,7 @@ impl Collector for Mounts {
             ("mounts", "Volumes mounted.", alive),
             (
                 "dead_mounts",
-                "Mounts whose session was ended by the owner.",
+                "Mounts of volumes that were deleted.",
                 mounts.len() - alive,
             ),
             (

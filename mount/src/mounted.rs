@@ -1,8 +1,9 @@
 use crate::fuse::{self, VolumeFilesystem};
+use crate::joined::Joined;
 use crate::mountpoint;
 use lazarette_client::{Cluster, Volume, VolumeOptions};
 use lazarette_fuse::{End, Session, SessionError};
-use lazarette_types::VolumeId;
+use lazarette_types::{ErrorCode, VolumeId};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,10 +48,12 @@ pub struct Mount {
 }
 
 struct Inner {
-    volume: Volume,
+    volume: Joined,
     session: Session<VolumeFilesystem>,
     target: PathBuf,
     read_only: bool,
+    /// Cancelled when no other session will take the place of the present one.
+    ending: CancellationToken,
     /// Cancelled when the kernel has ended the connection and the session is closed.
     ended: CancellationToken,
 }
@@ -74,17 +77,14 @@ impl Mount {
             (target, false) => target,
             (target, true) => return Err(MountError::Occupied(target)),
         };
-        let options = VolumeOptions {
-            client: client_name(&target),
-            ..VolumeOptions::default()
-        };
-        let volume = Volume::mount(cluster, id, options)
+        let volume = Volume::mount(cluster, id, options(&target))
             .await
             .map_err(|source| MountError::Volume { volume: id, source })?;
+        let volume = Joined::new(volume);
         let session = match fuse::mount(volume.clone(), &target, read_only).await {
             Ok(session) => session,
             Err(error) => {
-                let _ = volume.close().await;
+                let _ = volume.present().close().await;
                 return Err(error.into());
             }
         };
@@ -94,12 +94,18 @@ impl Mount {
                 session,
                 target,
                 read_only,
+                ending: CancellationToken::new(),
                 ended: CancellationToken::new(),
             }),
         };
         tracing::info!(
-            volume = id.0, folder = %mount.target().display(), session = mount.inner.volume.session().0, "mounted"
+            volume = id.0, folder = %mount.target().display(), session = mount.volume().session().0, "mounted"
         );
+        let (inner, cluster) = (mount.inner.clone(), cluster.clone());
+        tokio::spawn(async move {
+            inner.ending.run_until_cancelled(inner.stay_joined(&cluster)).await;
+            inner.ending.cancel();
+        });
         let inner = mount.inner.clone();
         tokio::spawn(async move {
             match inner.session.ended().await {
@@ -119,9 +125,14 @@ impl Mount {
         &self.inner.target
     }
 
-    /// The volume's session.
-    pub fn volume(&self) -> &Volume {
-        &self.inner.volume
+    /// The volume, in its present session.
+    pub fn volume(&self) -> Arc<Volume> {
+        self.inner.volume.present()
+    }
+
+    /// Whether this and the other are the same mount.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Counters of the kernel's requests.
@@ -134,9 +145,9 @@ impl Mount {
         self.inner.read_only
     }
 
-    /// Whether it works: mounted, and its session has not been ended by the owner.
+    /// Whether it works, or will again: mounted, and the volume has not been deleted.
     pub fn is_alive(&self) -> bool {
-        !self.inner.ended.is_cancelled() && self.inner.volume.check().is_ok()
+        !self.inner.ending.is_cancelled()
     }
 
     /// Resolves when it is unmounted, by whomever, and its session is closed.
@@ -170,7 +181,7 @@ impl Mount {
     }
 
     async fn flush(&self) -> Result<(), MountError> {
-        let volume = &self.inner.volume;
+        let volume = self.volume();
         volume.flush_all().await.map_err(|source| MountError::Volume {
             volume: volume.id(),
             source,
@@ -192,30 +203,61 @@ impl Mount {
 }
 
 impl Inner {
+    /// Joins the volume anew whenever the owner has ended the session, which it does with clients that it has
+    /// not heard of for as long as a session lasts. What is open then stays in the ended session and fails: its
+    /// locks may be others' since, and its unflushed writes are lost.
+    async fn stay_joined(&self, cluster: &Cluster) {
+        loop {
+            let volume = self.volume.present();
+            // Ended by us, or deleted.
+            if volume.ended().await.code() != ErrorCode::SessionExpired {
+                return;
+            }
+            let (id, ended) = (volume.id(), volume.session().0);
+            match Volume::mount(cluster, id, options(&self.target)).await {
+                Ok(volume) => {
+                    let session = volume.session().0;
+                    tracing::warn!(volume = id.0, folder = %self.target.display(), ended, session, "joined anew");
+                    self.volume.replace(volume);
+                    self.session.filesystem().joined_anew().await;
+                }
+                Err(error) => {
+                    tracing::error!(%error, volume = id.0, folder = %self.target.display(), "cannot join anew");
+                    return;
+                }
+            }
+        }
+    }
+
     async fn end(&self) {
-        match tokio::time::timeout(CLOSE, self.volume.close()).await {
+        self.ending.cancel();
+        let volume = self.volume.present();
+        match tokio::time::timeout(CLOSE, volume.close()).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, volume = self.volume.id().0, "unflushed writes are lost"),
+            Ok(Err(error)) => tracing::error!(%error, volume = volume.id().0, "unflushed writes are lost"),
             Err(_) => {
                 tracing::error!(
-                    volume = self.volume.id().0,
-                    dirty_bytes = self.volume.dirty_bytes(),
+                    volume = volume.id().0,
+                    dirty_bytes = volume.dirty_bytes(),
                     "cannot flush within {CLOSE:?}, unflushed writes are lost"
                 );
-                self.volume.abort();
+                volume.abort();
             }
         }
         if !self.ended.is_cancelled() {
-            tracing::info!(volume = self.volume.id().0, folder = %self.target.display(), "unmounted");
+            tracing::info!(volume = volume.id().0, folder = %self.target.display(), "unmounted");
         }
         self.ended.cancel();
     }
 }
 
-/// Host and folder.
-fn client_name(target: &Path) -> String {
+/// With host and folder as name.
+fn options(target: &Path) -> VolumeOptions {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    format!("{host}:{}", target.display())
+    VolumeOptions {
+        client: format!("{host}:{}", target.display()),
+        ..VolumeOptions::default()
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::{Folder, blocking};
 use tokio::sync::oneshot;
 use tonic::Code;
@@ -194,27 +194,43 @@ async fn the_end_of_the_daemon_flushes_and_unmounts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mount_whose_session_has_ended_is_replaced() {
+async fn a_mount_whose_session_has_ended_joins_the_volume_anew() {
     let cluster = TestCluster::start(1).await;
     cluster.set_session_ttl_ms(300);
     let mut daemon = serve().await;
     let folder = Folder::new();
     daemon.mount(&cluster, folder.path()).await.unwrap();
-    let path = folder.path().join("f");
-    let write = path.clone();
-    blocking(move || fs::write(write, "text").unwrap()).await;
+    let (path, new) = (folder.path().join("f"), folder.path().join("new"));
+    let (mut file, text) = blocking({
+        let path = path.clone();
+        move || {
+            fs::write(&path, "durable").unwrap();
+            let mut file = File::options().write(true).open(&path).unwrap();
+            file.write_all(b"LOST").unwrap();
+            (file, fs::read_to_string(path).unwrap())
+        }
+    })
+    .await;
+    assert_eq!(text, "LOSTble");
     cluster.expire_sessions();
-    let read = path.clone();
-    let ended = blocking(move || {
-        (0..1000).any(|_| {
+    blocking(move || {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let works = || fs::write(&new, "new").is_ok() && fs::read_to_string(&path).is_ok_and(|text| text == "durable");
+        while !works() {
+            assert!(Instant::now() < deadline, "{:?}", fs::read_to_string(&path));
             std::thread::sleep(Duration::from_millis(10));
-            fs::read(&read).is_err()
-        })
-    });
-    assert!(ended.await, "a mount without session fails");
-    daemon.mount(&cluster, folder.path()).await.unwrap();
-    assert_eq!(blocking(move || fs::read_to_string(path).unwrap()).await, "text");
+        }
+        // What was opened before may rely on locks that others have now.
+        let refused = |error: std::io::Error| error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
+        assert!(refused(file.write_all(b"late").unwrap_err()));
+        assert!(refused(file.set_len(0).unwrap_err()));
+        assert!(refused(file.sync_all().unwrap_err()));
+        drop(file);
+        assert_eq!(fs::read_to_string(path).unwrap(), "durable");
+    })
+    .await;
     daemon.unmount(folder.path(), false).await.unwrap();
+    assert_eq!(cluster.sessions(), 0);
 }
 
 struct Running(Child);

@@ -62,14 +62,18 @@ impl Lease {
         }
     }
 
+    /// Resolves when the session has ended, with the reason.
+    pub(crate) async fn ended(&self) -> Error {
+        self.dead.cancelled().await;
+        let reason = self.reason.get().cloned();
+        reason.unwrap_or_else(|| Error::new(ErrorCode::SessionExpired, "the session has ended"))
+    }
+
     /// Runs a future unless the session ends first.
     pub(crate) async fn unless_dead<T>(&self, future: impl Future<Output = T>) -> Result<T> {
         tokio::select! {
             biased;
-            () = self.dead.cancelled() => {
-                self.check()?;
-                Err(Error::new(ErrorCode::SessionExpired, "the session has ended"))
-            }
+            reason = self.ended() => Err(reason),
             value = future => Ok(value),
         }
     }
@@ -178,7 +182,7 @@ pub(crate) async fn keep_alive(inner: Arc<Inner>) {
             tracing::error!(
                 volume = inner.id.0,
                 session = inner.session.0,
-                "the owner has ended this session; writes that were not flushed are lost, remount the volume"
+                "the owner has ended this session; writes that were not flushed are lost"
             );
             inner.lease.kill(error);
             return;

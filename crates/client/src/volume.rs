@@ -171,6 +171,11 @@ impl Volume {
         self.inner.lease.check()
     }
 
+    /// Resolves when the session has ended, with what [`check`](Self::check) says then.
+    pub async fn ended(&self) -> Error {
+        self.inner.lease.ended().await
+    }
+
     /// Flushes all files; the first error is returned, all files are tried.
     pub async fn flush_all(&self) -> Result<()> {
         let inodes: Vec<_> = self.inner.inodes().values().cloned().collect();
@@ -350,7 +355,7 @@ impl Inner {
                 tracing::error!(
                     volume = self.id.0,
                     session = self.session.0,
-                    "the owner has ended this session; remount the volume"
+                    "the owner has ended this session"
                 );
                 self.lease.kill(error.clone());
             }

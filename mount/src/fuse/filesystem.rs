@@ -3,6 +3,7 @@ use super::convert::{
     attr, attributes, entry, errno, kind_of, kind_of_mode, lock, lock_range, set_attributes, unknown_handle, xattr_mode,
 };
 use super::handles::{Ahead, Handles};
+use crate::joined::Joined;
 use bytes::Bytes;
 use lazarette_client as client;
 use lazarette_client::{File, Found, LockKind, LockOwner, NewNode, OpenMode, SetAttributes, Volume};
@@ -49,7 +50,7 @@ pub(crate) struct VolumeFilesystem {
 }
 
 struct Shared {
-    volume: Volume,
+    volume: Joined,
     handles: Handles,
     invalidator: Invalidator,
 }
@@ -86,21 +87,25 @@ fn has_privileges(attr: &client::Attr) -> bool {
     attr.kind() == client::Kind::File && (attr.mode & S_ISUID != 0 || attr.mode & group == group)
 }
 
+/// Drops set-id bits; the kernel leaves it to us to know whether there are any.
+async fn drop_privileges(volume: &Volume, entry: client::Entry) -> client::Result<client::Entry> {
+    if !has_privileges(&entry.attr) {
+        return Ok(entry);
+    }
+    let set = SetAttributes {
+        drop_privileges: true,
+        ..SetAttributes::default()
+    };
+    volume.set_attr(entry.attr.ino, set).await
+}
+
 impl Shared {
-    fn file(&self, handle: u64) -> client::Result<Arc<File>> {
-        self.handles.file(handle).ok_or_else(unknown_handle)
+    fn volume(&self) -> Arc<Volume> {
+        self.volume.present()
     }
 
-    /// Drops set-id bits; the kernel leaves it to us to know whether there are any.
-    async fn drop_privileges(&self, entry: client::Entry) -> client::Result<client::Entry> {
-        if !has_privileges(&entry.attr) {
-            return Ok(entry);
-        }
-        let set = SetAttributes {
-            drop_privileges: true,
-            ..SetAttributes::default()
-        };
-        self.volume.set_attr(entry.attr.ino, set).await
+    fn file(&self, handle: u64) -> client::Result<Arc<File>> {
+        self.handles.file(handle).ok_or_else(unknown_handle)
     }
 
     /// A new handle, and how the kernel is to treat it. Pages from before stay only if the file has
@@ -123,9 +128,9 @@ impl Shared {
     }
 
     async fn open(&self, open: Open) -> client::Result<Opened> {
-        let (file, mut entry) = self.volume.open(open.node, open_mode(open.flags)).await?;
+        let (file, mut entry) = self.volume().open(open.node, open_mode(open.flags)).await?;
         if open.kill_suidgid {
-            entry = self.drop_privileges(entry).await?;
+            entry = drop_privileges(file.volume(), entry).await?;
         }
         Ok(self.opened(file, &entry, false).await)
     }
@@ -133,8 +138,8 @@ impl Shared {
     async fn write(&self, write: &Write) -> client::Result<()> {
         let file = self.file(write.handle)?;
         if write.kill_suidgid && has_privileges(&file.attr()) {
-            let entry = self.volume.get_attr(file.ino()).await?;
-            self.drop_privileges(entry).await?;
+            let entry = file.volume().get_attr(file.ino()).await?;
+            drop_privileges(file.volume(), entry).await?;
         }
         if write.from_cache {
             // Pages of a shared mapping, through whichever handle the kernel found.
@@ -160,8 +165,8 @@ impl Shared {
             return Ok(());
         }
         let asked = tokio::time::Instant::now();
-        let news = self.volume.news();
-        let (entries, end, ttl) = self.volume.read_dir(ino, after, LISTING).await?;
+        let news = self.volume().news();
+        let (entries, end, ttl) = self.volume().read_dir(ino, after, LISTING).await?;
         *ahead = Ahead {
             entries: entries.into(),
             after,
@@ -205,13 +210,25 @@ impl Shared {
 }
 
 impl VolumeFilesystem {
-    pub(super) fn new(volume: Volume, invalidator: Invalidator) -> Self {
+    pub(super) fn new(volume: Joined, invalidator: Invalidator) -> Self {
         Self {
             shared: Arc::new(Shared {
                 volume,
                 handles: Handles::default(),
                 invalidator,
             }),
+        }
+    }
+
+    /// Another session has taken the place of one that was ended: what the kernel has cached is from the old
+    /// one, and may show writes that are lost. Handles stay with the session that they are from.
+    pub(crate) async fn joined_anew(&self) {
+        let Shared {
+            handles, invalidator, ..
+        } = &*self.shared;
+        handles.forget_listings().await;
+        for ino in handles.forget_cached() {
+            invalidator.all(ino).await;
         }
     }
 
@@ -229,7 +246,7 @@ impl VolumeFilesystem {
 
     async fn make(&self, parent: u64, name: &OsStr, node: NewNode) -> Result<Entry> {
         let name = name.as_bytes().to_vec();
-        self.change(|fs| async move { fs.volume.make(parent, &name, node).await })
+        self.change(|fs| async move { fs.volume().make(parent, &name, node).await })
             .await
             .map(entry)
     }
@@ -237,7 +254,7 @@ impl VolumeFilesystem {
 
 impl Filesystem for VolumeFilesystem {
     async fn lookup(&self, _: &Request, lookup: Lookup<'_>) -> Result<Entry> {
-        let found = self.shared.volume.find(lookup.parent, lookup.name.as_bytes()).await;
+        let found = self.shared.volume().find(lookup.parent, lookup.name.as_bytes()).await;
         match found.map_err(errno)? {
             Found::Entry(found) => Ok(entry(found)),
             Found::Missing(Duration::ZERO) => Err(Errno::ENOENT),
@@ -256,7 +273,7 @@ impl Filesystem for VolumeFilesystem {
     }
 
     async fn getattr(&self, _: &Request, getattr: Getattr) -> Result<Attributes> {
-        let found = match self.shared.volume.get_attr(getattr.node).await {
+        let found = match self.shared.volume().get_attr(getattr.node).await {
             Err(error) if error.code() == ErrorCode::Stale => self.shared.handles.removed(getattr.node).ok_or(error),
             found => found,
         };
@@ -265,13 +282,19 @@ impl Filesystem for VolumeFilesystem {
 
     async fn setattr(&self, _: &Request, setattr: Setattr) -> Result<Attributes> {
         let (ino, set) = (setattr.node, set_attributes(&setattr));
-        self.change(|fs| async move { fs.volume.set_attr(ino, set).await })
-            .await
-            .map(attributes)
+        self.change(|fs| async move {
+            match setattr.handle {
+                // With the rights that it was opened with: its locks may be others' since.
+                Some(handle) => fs.file(handle)?.volume().set_attr(ino, set).await,
+                None => fs.volume().set_attr(ino, set).await,
+            }
+        })
+        .await
+        .map(attributes)
     }
 
     async fn readlink(&self, _: &Request, readlink: Readlink) -> Result<OsString> {
-        let target = self.shared.volume.read_link(readlink.node).await.map_err(errno)?;
+        let target = self.shared.volume().read_link(readlink.node).await.map_err(errno)?;
         Ok(OsString::from_vec(target.to_vec()))
     }
 
@@ -298,14 +321,14 @@ impl Filesystem for VolumeFilesystem {
 
     async fn unlink(&self, _: &Request, remove: Remove<'_>) -> Result<()> {
         let name = remove.name.as_bytes().to_vec();
-        self.change(|fs| async move { fs.volume.unlink(remove.parent, &name).await })
+        self.change(|fs| async move { fs.volume().unlink(remove.parent, &name).await })
             .await
     }
 
     async fn rmdir(&self, _: &Request, remove: Remove<'_>) -> Result<()> {
         let name = remove.name.as_bytes().to_vec();
         self.change(|fs| async move {
-            let removed = fs.volume.rmdir(remove.parent, &name).await?;
+            let removed = fs.volume().rmdir(remove.parent, &name).await?;
             fs.handles.note_removed(removed);
             Ok(())
         })
@@ -323,14 +346,14 @@ impl Filesystem for VolumeFilesystem {
         let (new_parent, new_name) = (rename.new_parent, rename.new_name.as_bytes().to_vec());
         self.change(|fs| async move {
             let (from, to) = ((parent, &name[..]), (new_parent, &new_name[..]));
-            fs.volume.rename(from, to, no_replace, exchange).await
+            fs.volume().rename(from, to, no_replace, exchange).await
         })
         .await
     }
 
     async fn link(&self, _: &Request, link: Link<'_>) -> Result<Entry> {
         let name = link.new_name.as_bytes().to_vec();
-        self.change(|fs| async move { fs.volume.link(link.node, link.new_parent, &name).await })
+        self.change(|fs| async move { fs.volume().link(link.node, link.new_parent, &name).await })
             .await
             .map(entry)
     }
@@ -348,7 +371,7 @@ impl Filesystem for VolumeFilesystem {
         let exclusive = create.flags & O_EXCL != 0;
         let mode = open_mode(create.flags);
         self.change(|fs| async move {
-            let (file, found) = fs.volume.create(parent, &name, node, exclusive, mode).await?;
+            let (file, found) = fs.volume().create(parent, &name, node, exclusive, mode).await?;
             let opened = fs.opened(file, &found, true).await;
             Ok((entry(found), opened))
         })
@@ -359,7 +382,7 @@ impl Filesystem for VolumeFilesystem {
         let node = node(client::Kind::File, create.mode, request);
         let (parent, mode) = (create.parent, open_mode(create.flags));
         self.change(|fs| async move {
-            let (file, found) = fs.volume.create_unnamed(parent, node, mode).await?;
+            let (file, found) = fs.volume().create_unnamed(parent, node, mode).await?;
             let opened = fs.opened(file, &found, true).await;
             Ok((entry(found), opened))
         })
@@ -422,7 +445,7 @@ impl Filesystem for VolumeFilesystem {
         let ttl = ahead.ttl();
         // The kernel takes attributes for as new as its request, so these must not be from before something
         // that happened here since: it would forget what was written to the end of a file, for example.
-        let current = ahead.news == self.shared.volume.news();
+        let current = ahead.news == self.shared.volume().news();
         while let Some(next) = ahead.entries.front() {
             let cookie = next.cookie;
             let attr = next.attr.as_ref().map_or_else(Attr::default, attr);
@@ -459,7 +482,7 @@ impl Filesystem for VolumeFilesystem {
 
     async fn statfs(&self, _: &Request, _: StatfsQuery) -> Result<Statfs> {
         const BLOCK: u64 = 4096;
-        let stat = self.shared.volume.stat_fs().await.map_err(errno)?;
+        let stat = self.shared.volume().stat_fs().await.map_err(errno)?;
         let free = stat.size_bytes.saturating_sub(stat.used_bytes) / BLOCK;
         Ok(Statfs {
             blocks: stat.size_bytes / BLOCK,
@@ -481,18 +504,19 @@ impl Filesystem for VolumeFilesystem {
             setxattr.name.as_bytes().to_vec(),
             setxattr.value.to_vec(),
         );
-        self.change(|fs| async move { fs.volume.set_xattr(ino, &name, &value, mode).await })
+        self.change(|fs| async move { fs.volume().set_xattr(ino, &name, &value, mode).await })
             .await
     }
 
     async fn getxattr(&self, _: &Request, getxattr: Getxattr<'_>) -> Result<Bytes> {
         refuse_acl(getxattr.name)?;
-        let value = self.shared.volume.get_xattr(getxattr.node, getxattr.name.as_bytes());
+        let volume = self.shared.volume();
+        let value = volume.get_xattr(getxattr.node, getxattr.name.as_bytes());
         value.await.map_err(errno)
     }
 
     async fn listxattr(&self, request: &Request, listxattr: Listxattr) -> Result<Bytes> {
-        let names = self.shared.volume.list_xattr(listxattr.node).await.map_err(errno)?;
+        let names = self.shared.volume().list_xattr(listxattr.node).await.map_err(errno)?;
         let mut all = Vec::new();
         for name in names {
             // The kernel checks who may read or set them, but not who may see their names.
@@ -508,7 +532,7 @@ impl Filesystem for VolumeFilesystem {
     async fn removexattr(&self, _: &Request, removexattr: Removexattr<'_>) -> Result<()> {
         refuse_acl(removexattr.name)?;
         let (ino, name) = (removexattr.node, removexattr.name.as_bytes().to_vec());
-        self.change(|fs| async move { fs.volume.remove_xattr(ino, &name).await })
+        self.change(|fs| async move { fs.volume().remove_xattr(ino, &name).await })
             .await
     }
 
@@ -540,7 +564,7 @@ impl Filesystem for VolumeFilesystem {
                 0 if !keeps_size => file.grow(end).await,
                 // The bytes of a file count whether they are written or not. Beyond its end nothing can be
                 // set aside.
-                0 if fs.volume.get_attr(file.ino()).await?.attr.size >= end => Ok(()),
+                0 if file.volume().get_attr(file.ino()).await?.attr.size >= end => Ok(()),
                 _ => Err(client::Error::new(ErrorCode::Unsupported, "mode of fallocate")),
             }
         })

@@ -85,6 +85,19 @@ impl Handles {
         lock(&self.cached).insert(ino, change) == Some(change)
     }
 
+    /// Forgets what the kernel may have cached, and gives the inodes.
+    pub(super) fn forget_cached(&self) -> Vec<u64> {
+        lock(&self.cached).drain().map(|(ino, _)| ino).collect()
+    }
+
+    /// Forgets what was read ahead of listings.
+    pub(super) async fn forget_listings(&self) {
+        let all: Vec<_> = lock(&self.directories).values().cloned().collect();
+        for ahead in all {
+            *ahead.lock().await = Ahead::default();
+        }
+    }
+
     /// Keeps the last attributes of a directory until the kernel has dropped it.
     pub(super) fn note_removed(&self, attr: Attr) {
         lock(&self.removed).insert(attr.ino, attr);

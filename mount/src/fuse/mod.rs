@@ -4,9 +4,9 @@ mod convert;
 mod filesystem;
 mod handles;
 
+use crate::joined::Joined;
 use crate::mountpoint::TYPE;
 pub(crate) use filesystem::VolumeFilesystem;
-use lazarette_client::Volume;
 use lazarette_fuse::abi::Capabilities;
 use lazarette_fuse::{Config, MountOptions, Notifier, Session, SessionError, Terms};
 use std::path::Path;
@@ -38,7 +38,7 @@ impl Invalidator {
 
 /// Mounts the volume at a folder and serves it.
 pub(crate) async fn mount(
-    volume: Volume,
+    volume: Joined,
     target: &Path,
     read_only: bool,
 ) -> Result<Session<VolumeFilesystem>, SessionError> {
@@ -54,7 +54,7 @@ pub(crate) async fn mount(
         ..defaults
     };
     let options = MountOptions {
-        source: format!("lazarette:{}", volume.id()),
+        source: format!("lazarette:{}", volume.present().id()),
         subtype: TYPE.trim_start_matches("fuse.").into(),
         allow_other: true,
         read_only,
