@@ -217,8 +217,4 @@ impl Disk for Unchanged {
     fn sync_dir(&self, _path: &str) -> io::Result<()> {
         Err(read_only())
     }
-
-    fn sync_everything(&self) -> io::Result<()> {
-        Err(read_only())
-    }
 }

@@ -9,15 +9,15 @@ use super::log::Lsn;
 use super::record::Block;
 use super::state::{Entry, Overlay};
 use crate::chunk::{BLOCK_SIZE, ChunkError};
-use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
-/// Above this many files one sync of the whole file system is cheaper than one each.
-const MANY: usize = 256;
+/// Chunk files that are written and synced together. Everything at once would keep the disk from others for
+/// long, and hold a descriptor for each chunk.
+const BATCH: usize = 64;
 
 /// Longest single write, in blocks.
 const RUN: usize = 256;
@@ -52,56 +52,63 @@ impl Engine {
             let overlays = state.overlays().filter(|(_, o)| o.first < visible);
             overlays.map(|(key, _)| key).collect()
         };
-        let many = keys.len() > MANY;
         let mut full = false;
-        let mut written: Vec<(Key, FileId)> = Vec::new();
-        let mut open = Vec::new();
-        for key in keys {
+        for batch in keys.chunks(BATCH) {
+            full |= self.fold_batch(batch, visible)?;
+        }
+        // Those of removed files, which no batch has.
+        self.sync_dirty_dirs()?;
+        Ok((self.state().recovery_start(visible), full))
+    }
+
+    /// Makes these chunks' files hold what the log has before `visible`; returns whether the disk was full.
+    fn fold_batch(&self, keys: &[Key], visible: Lsn) -> Result<bool, ChunkError> {
+        let mut full = false;
+        let mut written: Vec<(Key, FileId)> = Vec::with_capacity(keys.len());
+        let mut open = Vec::with_capacity(keys.len());
+        for &key in keys {
             match self.write_back(key) {
                 Ok(None) => {}
                 Ok(Some((file, handle))) => {
                     written.push((key, file));
-                    if !many {
-                        open.push(handle);
-                    }
+                    open.push(handle);
                 }
                 Err(ChunkError::NoSpace) => full = true,
                 Err(error) => return Err(error),
             }
         }
-        // Taken after the files were made, and before anything is said to be durable.
-        let dirs = std::mem::take(&mut self.state().dirty_dirs);
-        if let Err(error) = self.make_durable(many, &open, &dirs) {
-            if is_transient(&error) {
-                self.state().dirty_dirs.extend(dirs);
-                return Err(ChunkError::Io(format!("syncing chunk files: {error}")));
-            }
-            return Err(self.poison.set("syncing chunk files", &error));
-        }
-        drop(open);
+        self.disk.sync_files(&open).map_err(|error| self.unsynced(&error))?;
+        self.sync_dirty_dirs()?;
         let mut state = self.state();
         for (key, file) in written {
             state.folded(key, file, visible);
         }
-        Ok((state.recovery_start(visible), full))
+        Ok(full)
     }
 
-    fn make_durable(&self, many: bool, files: &[Arc<dyn DiskFile>], dirs: &HashSet<String>) -> io::Result<()> {
-        if many {
-            return self.disk.sync_everything();
-        }
-        for file in files {
-            file.sync()?;
-        }
-        for dir in dirs {
+    /// Makes the names durable of files that were made and removed until now.
+    fn sync_dirty_dirs(&self) -> Result<(), ChunkError> {
+        let dirs = std::mem::take(&mut self.state().dirty_dirs);
+        for dir in &dirs {
             match self.disk.sync_dir(dir) {
                 // Removed since; then its parent is in the list of this or the next checkpoint,
                 // and the record of the removal in the log until that.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                other => other?,
+                Err(error) => {
+                    self.state().dirty_dirs.extend(dirs);
+                    return Err(self.unsynced(&error));
+                }
+                Ok(()) => {}
             }
         }
         Ok(())
+    }
+
+    fn unsynced(&self, error: &io::Error) -> ChunkError {
+        if is_transient(error) {
+            return ChunkError::Io(format!("syncing chunk files: {error}"));
+        }
+        self.poison.set("syncing chunk files", error)
     }
 
     /// Writes a chunk's overlay into its file; not durable yet, and reads still use the overlay.

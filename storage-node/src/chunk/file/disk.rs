@@ -16,6 +16,9 @@ pub(super) enum Mode {
     Create,
 }
 
+/// Threads that sync files.
+const SYNCS_AT_ONCE: usize = 8;
+
 /// One name in a folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Name {
@@ -44,8 +47,10 @@ pub(super) trait Disk: Send + Sync {
     fn remove_file(&self, path: &str) -> io::Result<()>;
     fn remove_dir_all(&self, path: &str) -> io::Result<()>;
     fn sync_dir(&self, path: &str) -> io::Result<()>;
-    /// Makes everything durable: cheaper than one sync per file when there are many.
-    fn sync_everything(&self) -> io::Result<()>;
+    /// Syncs each of the files.
+    fn sync_files(&self, files: &[Arc<dyn DiskFile>]) -> io::Result<()> {
+        files.iter().try_for_each(|file| file.sync())
+    }
     fn space(&self) -> io::Result<Space>;
 }
 
@@ -64,7 +69,7 @@ pub(super) trait DiskFile: Send + Sync {
 #[derive(Debug)]
 pub(super) struct RealDisk {
     root: PathBuf,
-    /// Holds the lock, and is what `sync_everything` names.
+    /// Holds the lock.
     folder: File,
 }
 
@@ -142,8 +147,20 @@ impl Disk for RealDisk {
         File::open(self.path(path))?.sync_all()
     }
 
-    fn sync_everything(&self) -> io::Result<()> {
-        Ok(rustix::fs::syncfs(&self.folder)?)
+    /// Several at a time, so that file systems with a journal commit for many together.
+    fn sync_files(&self, files: &[Arc<dyn DiskFile>]) -> io::Result<()> {
+        let share = files.len().div_ceil(SYNCS_AT_ONCE).max(1);
+        std::thread::scope(|threads| {
+            let started: Vec<_> = files
+                .chunks(share)
+                .map(|files| threads.spawn(|| files.iter().try_for_each(|file| file.sync())))
+                .collect();
+            let ended = started
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            // All of them are waited for, whatever the first says.
+            ended.collect::<Vec<_>>().into_iter().collect()
+        })
     }
 
     fn space(&self) -> io::Result<Space> {

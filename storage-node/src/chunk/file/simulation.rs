@@ -401,18 +401,6 @@ impl Disk for SimDisk {
         Ok(())
     }
 
-    fn sync_everything(&self) -> io::Result<()> {
-        let mut inner = self.lock();
-        if inner.sync_step()? {
-            inner.inodes.values_mut().for_each(|file| file.pending.clear());
-            return Err(sync_failed());
-        }
-        let count = inner.journal.len();
-        inner.commit_names(count);
-        inner.inodes.values_mut().for_each(Inode::commit);
-        Ok(())
-    }
-
     fn space(&self) -> io::Result<Space> {
         let inner = self.lock();
         inner.alive()?;
