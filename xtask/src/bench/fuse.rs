@@ -374,7 +374,7 @@ impl Results {
 }
 
 /// Whose rate is divided by whose, by the places of the systems.
-const RATIOS: [(usize, usize); 3] = [(2, 0), (2, 1), (3, 0)];
+const RATIOS: [(usize, usize); 4] = [(3, 0), (3, 1), (3, 2), (4, 1)];
 
 fn print(systems: &[System], results: &[Results], rounds: u32) -> Result<()> {
     let load = fs::read_to_string("/proc/loadavg")?;

@@ -43,7 +43,8 @@ const TABLE: [(&str, &str); 4] = [
 ];
 
 /// It copies and closes a descriptor at every close(2), for errors that only some file systems report
-/// then. bindfs and our example do not: without this the kernel asks none of the three.
+/// then. bindfs and our example do not, so that the kernel stops asking them: without this it asks
+/// libfuse's neither, and what is left is a comparison of the same requests.
 const NO_FLUSH: (&str, &str) = (".flush\t\t= lo_flush,", "");
 
 /// A pass-through file system.
@@ -60,8 +61,8 @@ pub(super) struct System {
     mountpoint: PathBuf,
 }
 
-/// Installs, builds and describes all of them: libfuse's, bindfs, ours as it is and ours without
-/// FUSE_PASSTHROUGH.
+/// Installs, builds and describes all of them: libfuse's as it is and without FLUSH, bindfs, ours as it
+/// is and ours without FUSE_PASSTHROUGH.
 pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
     debian::ensure(&["bindfs", "libfuse3-dev", "fuse3", "pkg-config", "gcc", "libc6-dev"]).await?;
     let libfuse = cmd!["pkg-config", "--modversion", "fuse3"].run().await?;
@@ -76,18 +77,25 @@ pub(super) async fn all(dir: &Path, disk: &Disk) -> Result<Vec<System>> {
         mountpoint: dir.join("mounted").join(name),
     };
     let ours = build_ours().await?.join("examples/passthrough");
+    let passthrough_ll = |source: &Path, mountpoint: &Path| {
+        let options = format!(
+            "source={},cache=auto,allow_other,default_permissions,xattr",
+            source.display()
+        );
+        vec!["-f".into(), "-o".into(), options.into(), mountpoint.into()]
+    };
     Ok(vec![
         system(
             "passthrough_ll",
             &format!("passthrough_ll of libfuse {}", libfuse.trim()),
-            build_passthrough_ll(dir).await?,
-            |source, mountpoint| {
-                let options = format!(
-                    "source={},cache=auto,allow_other,default_permissions,xattr",
-                    source.display()
-                );
-                vec!["-f".into(), "-o".into(), options.into(), mountpoint.into()]
-            },
+            build_passthrough_ll(dir, "passthrough_ll", &TABLE).await?,
+            passthrough_ll,
+        ),
+        system(
+            "no-flush",
+            "the same, which answers no FLUSH",
+            build_passthrough_ll(dir, "no-flush", &[&TABLE[..], &[NO_FLUSH]].concat()).await?,
+            passthrough_ll,
         ),
         system("bindfs", &bindfs, "bindfs".into(), |source, mountpoint| {
             let options = "big_writes,attr_timeout=1,entry_timeout=1,negative_timeout=0";
@@ -124,18 +132,19 @@ pub(super) async fn build_ours() -> Result<PathBuf> {
     build::release(packages.into_iter().chain(targets)).await
 }
 
-async fn build_passthrough_ll(dir: &Path) -> Result<PathBuf> {
+/// Builds libfuse's example under that name, with what is known in its source replaced by what is wanted.
+async fn build_passthrough_ll(dir: &Path, name: &str, changes: &[(&str, &str)]) -> Result<PathBuf> {
     let original = Path::new(EXAMPLES).join("passthrough_ll.c");
     let mut text = fs::read_to_string(&original).with_context(|| format!("read {}", original.display()))?;
-    for (known, wanted) in TABLE.into_iter().chain([NO_FLUSH]) {
+    for (known, wanted) in changes {
         ensure!(
-            text.matches(known).count() == 1,
+            text.matches(*known).count() == 1,
             "{} is not as expected: `{known}` is not in it exactly once",
             original.display()
         );
         text = text.replace(known, wanted);
     }
-    let (source, program) = (dir.join("passthrough_ll.c"), dir.join("passthrough_ll.bin"));
+    let (source, program) = (dir.join(name).with_extension("c"), dir.join(name).with_extension("bin"));
     fs::write(&source, text)?;
     let flags = cmd!["pkg-config", "--cflags", "--libs", "fuse3"].run().await?;
     cmd!["gcc", "-O2", "-I", EXAMPLES, "-o", &program, &source]
