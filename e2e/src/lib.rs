@@ -3,8 +3,10 @@
 //! * [`tools`], [`debian`] and [`posix`] provide the programs that the lab and the tests are made of;
 //! * [`process`] runs them as background daemons that survive the command that started them;
 //! * [`lab`] joins them to a real multi-node Kubernetes on one machine;
+//! * [`applications`] are what people do on their volumes;
 //! * [`image`] builds container images without a container engine.
 
+pub mod applications;
 pub mod build;
 pub mod cgroup;
 pub mod command;

@@ -21,6 +21,12 @@ async fn the_story() {
 }
 
 #[tokio::test]
+async fn applications_work_in_pods() {
+    let (_one, installation) = installation().await;
+    kubernetes::run_applications(&installation, &Quiet).await.unwrap();
+}
+
+#[tokio::test]
 async fn everything_can_be_changed_while_an_application_writes() {
     let (_one, installation) = installation().await;
     kubernetes::change_everything(&installation, &Quiet).await.unwrap();

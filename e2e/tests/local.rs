@@ -36,46 +36,19 @@ async fn data_survives_a_restart_of_everything() {
 }
 
 #[tokio::test]
-async fn applications_work() {
+async fn files_can_be_mapped() {
     let cluster = Cluster::up().await;
-    let mounts = Mounts::new(&cluster.inner, "apps", 2).await.unwrap();
-    let run = |program: &str, args: &[&str], client: usize| {
-        let output = Command::new(program)
-            .args(args)
-            .current_dir(mounts.path(client, ""))
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{args:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let shell = |script: &str, client| run("sh", &["-ec", script], client);
-    let python = |script: &str, client| run("python3", &["-c", script], client);
-
-    shell(
-        "git init -q repo; cd repo; git config user.email a@b; git config user.name a; \
-         for i in $(seq 50); do echo $i > f$i; done; git add .; git commit -qm one",
-        0,
-    );
-    let log = shell(
-        "cd repo; git fsck --strict; git status --porcelain; git log --oneline | wc -l",
-        1,
-    );
-    assert_eq!(log.trim(), "1");
-
-    let sqlite = "import sqlite3
-d = sqlite3.connect('db')
-d.execute('create table if not exists t(a)')
-for i in range(100):
-  d.execute('insert into t values (?)', (i,)); d.commit()
-print(d.execute('select count(*) from t').fetchone()[0], d.execute('pragma integrity_check').fetchone()[0])";
-    assert_eq!(python(sqlite, 0).trim(), "100 ok");
-    assert_eq!(python(sqlite, 1).trim(), "200 ok");
-
-    let mapped = "import mmap
-f = open('m', 'w+b'); f.truncate(8192)
+    let mounts = Mounts::new(&cluster.inner, "mapped", 2).await.unwrap();
+    let script = "import mmap, sys
+f = open(sys.argv[1], 'w+b'); f.truncate(8192)
 m = mmap.mmap(f.fileno(), 8192)
 m[0:5] = b'hello'; m[8187:8192] = b'world'; m.flush(); m.close(); f.close()";
-    python(mapped, 0);
+    let python = Command::new("python3")
+        .args(["-c", script])
+        .arg(mounts.path(0, "m"))
+        .output();
+    let output = python.unwrap();
+    assert!(output.status.success(), "{output:?}");
     let content = fs::read(mounts.path(1, "m")).unwrap();
     assert!(content.starts_with(b"hello") && content.ends_with(b"world") && content.len() == 8192);
     cluster.down().await;

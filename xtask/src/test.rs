@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lazarette_e2e::lab::{Lab, LabConfig};
 use lazarette_e2e::tools::{self, Tool};
-use lazarette_e2e::{build, cmd, debian, posix};
+use lazarette_e2e::{applications, build, cmd, debian, posix};
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::time::Instant;
@@ -72,10 +72,10 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     {
         bail!("no part {wanted}; use one of {}", names.join(", "));
     }
-    debian::ensure(&["protobuf-compiler"]).await?;
+    debian::ensure(debian::BUILD_PACKAGES).await?;
     debian::ensure(debian::LAB_PACKAGES).await?;
-    // Applications that the tests run on a mount.
-    debian::ensure(&["git", "python3", "make", "gcc", "postgresql", "e2fsprogs"]).await?;
+    debian::ensure(&["e2fsprogs"]).await?;
+    debian::ensure(applications::PACKAGES).await?;
     // Before the clock of any test runs.
     build_tools().await?;
     build::all().await?;

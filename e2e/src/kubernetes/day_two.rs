@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use super::install::{APPS, CLUSTER, Installation, NAMESPACE, is_ready};
+use super::install::{CLUSTER, Installation, NAMESPACE, is_ready};
 use super::story::{HEAL, PODS, Story};
 use crate::story::Narrator;
 use crate::{Deadline, wait_for};
@@ -15,7 +15,6 @@ use crate::{Deadline, wait_for};
 /// Longest that a rolling change of all pods may take.
 const ROLL: Duration = Duration::from_secs(600);
 const FOLDER: &str = "/data/steady-day-two";
-const STOP: &str = "/tmp/stop-day-two";
 
 /// Scales out, changes resources, loses disks of an etcd member and a storage node, and scales in
 /// again. No application may see an error, and nothing acknowledged may be lost.
@@ -23,36 +22,14 @@ pub async fn change_everything(installation: &Installation, narrator: &dyn Narra
     let story = Story { installation, narrator };
     story.clean().await?;
     story.claim_and_pods().await?;
-    let args = ["steady", FOLDER, "--until", STOP];
-    let writing = installation.workload_for(PODS[0], &args, Duration::from_secs(1800));
-    let changing = async {
-        story.files_in(FOLDER, 3).await?;
-        let changed = changes(&story).await;
-        installation
-            .lab()
-            .kubectl(["exec", "--namespace", APPS, PODS[0], "--", "touch", STOP])
-            .run()
-            .await?;
-        changed
-    };
-    let (report, changed) = tokio::join!(writing, changing);
-    changed?;
-    let report = report?;
-    let errors = report["errors"].as_array().context("no report")?;
-    ensure!(errors.is_empty(), "the application saw errors: {errors:?}");
-    let acknowledged = report["acknowledged"].to_string();
-    installation
-        .workload(PODS[1], &["verify", FOLDER, &acknowledged])
-        .await?;
-    narrator.fact(&format!(
-        "no error; longest stall {:.1} s; all {acknowledged} acknowledged records are there",
-        report["longest_ms"].as_u64().unwrap_or_default() as f32 / 1e3
-    ));
+    let written = story.while_writing(FOLDER, changes(&story)).await?;
+    story.verify(PODS[1], FOLDER, &written).await?;
     story.clean().await
 }
 
 async fn changes(story: &Story<'_>) -> Result<()> {
     let Story { installation, narrator } = story;
+    story.files_in(FOLDER, 3).await?;
     narrator.step("scale out to 4 storage nodes");
     patch(installation, json!({"storageNodes": {"count": 4}})).await?;
     settle(story, 4, ROLL).await?;

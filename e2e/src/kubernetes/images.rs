@@ -10,6 +10,19 @@ use crate::tools::cache_dir;
 /// The image of the pods that use volumes: a shell, the workload and a source tree.
 pub(super) const WORKLOAD: &str = "localhost/lazarette-workload:dev";
 
+/// The image of pods that use this machine's programs, which its node mounts into them.
+pub(super) const TOOLBOX: &str = "localhost/lazarette-toolbox:dev";
+
+/// Debian's names for folders that moved to `/usr`, and something that stays.
+pub(super) fn toolbox() -> Image {
+    ["bin", "sbin", "lib", "lib64"]
+        .iter()
+        .fold(Image::new(TOOLBOX), |image, name| {
+            image.symlink(format!("/{name}"), format!("usr/{name}"))
+        })
+        .entrypoint(["/usr/bin/sleep", "infinity"])
+}
+
 /// The image of the story's pods.
 pub(super) async fn workload(binaries: &Path) -> Result<Image> {
     let tree = tree_archive().await?;

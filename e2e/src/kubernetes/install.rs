@@ -45,7 +45,8 @@ impl Installation {
         let mut names = archives.iter().map(|archive| archive.name.as_str());
         let image = names.find(|name| name.starts_with(LAZARETTE)).context("no image")?;
         narrator.fact(&numbers::image_sizes(&archives)?);
-        lab.load(&[images::workload(&binaries).await?]).await?;
+        lab.load(&[images::workload(&binaries).await?, images::toolbox()])
+            .await?;
         let this = Self { lab };
         narrator.step("helm install");
         let started = Instant::now();

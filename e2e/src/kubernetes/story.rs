@@ -14,10 +14,12 @@ use crate::{Deadline, wait_for};
 /// Lines that each pod appends to the shared log.
 const LINES: u64 = 100;
 /// The story's claim.
-const CLAIM: &str = "shared";
+pub(super) const CLAIM: &str = "shared";
 pub(super) const PODS: [&str; 3] = ["pod-a", "pod-b", "pod-c"];
 /// Longest that the cluster may take to have all copies again.
 pub(super) const HEAL: Duration = Duration::from_secs(300);
+/// Longest that pod A may write.
+const WRITING: Duration = Duration::from_secs(1800);
 
 /// Plays the whole story; it starts and ends without its claim and pods.
 pub async fn play(installation: &Installation, narrator: &dyn Narrator) -> Result<()> {
@@ -27,14 +29,28 @@ pub async fn play(installation: &Installation, narrator: &dyn Narrator) -> Resul
     story.tree().await?;
     story.appends().await?;
     let owner = installation.pod_at(&story.map().await?.owner_address).await?;
-    story.disturb(&owner, Fault::Kill, "the owner of the metadata").await?;
+    story
+        .disturb(&owner, Fault::Kill, "the owner of the metadata", "/data/owner-killed")
+        .await?;
     let primary = story.busiest_primary().await?;
-    story.disturb(&primary, Fault::Kill, "a primary of the data").await?;
+    story
+        .disturb(&primary, Fault::Kill, "a primary of the data", "/data/primary-killed")
+        .await?;
     let primary = story.busiest_primary().await?;
-    story.disturb(&primary, Fault::DeletePod, "a storage pod").await?;
+    story
+        .disturb(&primary, Fault::DeletePod, "a storage pod", "/data/pod-deleted")
+        .await?;
     story.grow().await?;
     story.numbers().await?;
     story.delete().await
+}
+
+/// What pod A has written meanwhile.
+pub(super) struct Written {
+    /// Records that were durable.
+    acknowledged: u64,
+    /// The longest that one of them took.
+    longest: Duration,
 }
 
 /// Pods of applications, and what they do.
@@ -157,10 +173,15 @@ impl Story<'_> {
                 "volumes": volumes,
             },
         });
+        self.start(name, pod).await?;
+        Ok(started.elapsed())
+    }
+
+    /// Makes a pod and waits until it is ready.
+    pub(super) async fn start(&self, name: &str, pod: Value) -> Result<()> {
         let apply = PatchParams::apply("lazarette-story").force();
         self.pods_api().await?.patch(name, &apply, &Patch::Apply(pod)).await?;
-        self.installation.wait_pods(&[name]).await?;
-        Ok(started.elapsed())
+        self.installation.wait_pods(&[name]).await
     }
 
     async fn tree(&self) -> Result<()> {
@@ -244,51 +265,73 @@ impl Story<'_> {
     }
 
     /// Hurts a storage pod while pod A writes; pod B must then find all that was acknowledged.
-    async fn disturb(&self, victim: &str, fault: Fault, role: &str) -> Result<()> {
-        let action = match fault {
-            Fault::Kill => format!("SIGKILL of {victim}, {role}, while pod A writes"),
-            Fault::DeletePod => format!("kubectl delete of {victim}, {role}, while pod A writes"),
+    async fn disturb(&self, victim: &str, fault: Fault, role: &str, folder: &str) -> Result<()> {
+        let what = match fault {
+            Fault::Kill => "SIGKILL",
+            Fault::DeletePod => "kubectl delete",
         };
-        self.narrator.step(&action);
-        let stop = format!("/tmp/stop-{}", short_name(&action));
-        let folder = format!("/data/steady-{}", short_name(&action));
-        let args = ["steady", &folder, "--until", &stop];
-        let writing = self.installation.workload(PODS[0], &args);
-        let disturbing = async {
-            let before = self.files_in(&folder, 3).await?;
-            match fault {
-                Fault::Kill => {
-                    self.installation.lab.kill(NAMESPACE, victim, "lazarette-node").await?;
+        self.narrator
+            .step(&format!("{what} of {victim}, {role}, while pod A writes"));
+        let written = self
+            .while_writing(folder, async {
+                let before = self.files_in(folder, 3).await?;
+                match fault {
+                    Fault::Kill => {
+                        self.installation.lab.kill(NAMESPACE, victim, "lazarette-node").await?;
+                    }
+                    Fault::DeletePod => {
+                        let pods: Api<Pod> = Api::namespaced(self.installation.lab.client().await?, NAMESPACE);
+                        pods.delete(victim, &DeleteParams::default()).await?;
+                    }
                 }
-                Fault::DeletePod => {
-                    let pods: Api<Pod> = Api::namespaced(self.installation.lab.client().await?, NAMESPACE);
-                    pods.delete(victim, &DeleteParams::default()).await?;
-                }
-            }
-            let degraded = self.installation.wait_condition("Degraded", true, HEAL).await;
-            // Written on after the fault.
-            self.files_in(&folder, before + 5).await?;
-            self.installation.wait_healthy(HEAL).await?;
-            self.installation
-                .lab
-                .kubectl(["exec", "--namespace", APPS, PODS[0], "--", "touch", &stop])
-                .run()
-                .await?;
-            degraded.map(drop)
+                let degraded = self.installation.wait_condition("Degraded", true, HEAL).await;
+                // Written on after the fault.
+                self.files_in(folder, before + 5).await?;
+                self.installation.wait_healthy(HEAL).await?;
+                degraded.map(drop)
+            })
+            .await?;
+        self.verify(PODS[1], folder, &written).await?;
+        self.narrator.fact("reported Degraded, then Available with all copies");
+        Ok(())
+    }
+
+    /// Pod A writes files of records into a folder of the volume, each acknowledged when it is durable, until
+    /// the action has ended. It may see no error.
+    pub(super) async fn while_writing(
+        &self,
+        folder: &str,
+        action: impl Future<Output = Result<()>>,
+    ) -> Result<Written> {
+        let stop = folder.replacen("/data/", "/tmp/stop-", 1);
+        let args = ["steady", folder, "--until", &stop];
+        let writing = self.installation.workload_for(PODS[0], &args, WRITING);
+        let acting = async {
+            let done = action.await;
+            let script = format!("touch {stop}");
+            self.installation.lab.exec(APPS, PODS[0], &script).await?;
+            done
         };
-        let (report, disturbed) = tokio::join!(writing, disturbing);
-        disturbed?;
+        let (report, done) = tokio::join!(writing, acting);
+        done?;
         let report = report?;
         let errors = report["errors"].as_array().context("no report")?;
         ensure!(errors.is_empty(), "the application saw errors: {errors:?}");
-        let acknowledged = report["acknowledged"].to_string();
+        Ok(Written {
+            acknowledged: report["acknowledged"].as_u64().context("no report")?,
+            longest: Duration::from_millis(report["longest_ms"].as_u64().context("no report")?),
+        })
+    }
+
+    /// Reads in another pod all that was acknowledged, and tells of it.
+    pub(super) async fn verify(&self, pod: &str, folder: &str, written: &Written) -> Result<()> {
+        let acknowledged = written.acknowledged.to_string();
         self.installation
-            .workload(PODS[1], &["verify", &folder, &acknowledged])
+            .workload(pod, &["verify", folder, &acknowledged])
             .await?;
         self.narrator.fact(&format!(
-            "no error; longest stall {:.1} s; all {acknowledged} acknowledged records are there; \
-             reported Degraded, then Available with all copies",
-            report["longest_ms"].as_u64().unwrap_or_default() as f32 / 1e3
+            "no error; longest stall {:.1} s; all {acknowledged} acknowledged records are there",
+            written.longest.as_secs_f32()
         ));
         Ok(())
     }
@@ -376,19 +419,4 @@ impl Story<'_> {
             .fact(&format!("{} MiB freed on the storage nodes", (before - after) >> 20));
         Ok(())
     }
-}
-
-/// A folder name from a sentence, different for each step of the story.
-fn short_name(text: &str) -> String {
-    let name: String = text
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() {
-                c.to_ascii_lowercase()
-            } else {
-                '-'
-            }
-        })
-        .collect();
-    name.trim_matches('-').to_owned()
 }

@@ -1,8 +1,8 @@
 //! Every file operation on mounts of the local cluster: test programs for POSIX file systems, what several
-//! clients do to the same files, quota, locks, a database.
+//! clients do to the same files, quota, locks, applications.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod database;
+mod applications;
 #[path = "../support/ext4.rs"]
 mod ext4;
 mod locks;

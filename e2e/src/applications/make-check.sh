@@ -1,0 +1,2 @@
+# Nothing is left to do: all times are seen as they were made.
+make -q -C "$1"
