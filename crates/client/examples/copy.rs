@@ -1,7 +1,6 @@
 //! Creates a volume if need be and copies a local file into it, without any mount:
 //! `cargo run -p lazarette-client --example copy -- http://HOST:PORT VOLUME FILE NAME`.
 
-use bytes::Bytes;
 use lazarette_client::{Cluster, CreateVolumeRequest, Kind, NewNode, OpenMode, Volume, VolumeOptions};
 use lazarette_types::{ROOT_INODE, VolumeId};
 
@@ -20,14 +19,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .await?;
     let volume = Volume::mount(&cluster, VolumeId(record.id), VolumeOptions::default()).await?;
-    let node = NewNode {
-        kind: Kind::File,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    };
+    let node = NewNode::new(Kind::File, 0o644);
     let truncate = OpenMode {
         truncate: true,
         ..OpenMode::default()

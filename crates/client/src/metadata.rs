@@ -46,6 +46,20 @@ pub struct NewNode {
     pub target: Bytes,
 }
 
+impl NewNode {
+    /// A node of root's.
+    pub fn new(kind: Kind, mode: u32) -> Self {
+        Self {
+            kind,
+            mode,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            target: Bytes::new(),
+        }
+    }
+}
+
 /// Changes of attributes; what is None stays.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SetAttributes {

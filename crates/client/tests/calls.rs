@@ -1,7 +1,6 @@
 //! How often the owner is asked: what a sole client knows it does not ask for.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use bytes::Bytes;
 use lazarette_client::testing::{At, TestCluster, mount};
 use lazarette_client::{Kind, NewNode, OpenMode, SetAttributes};
 use lazarette_types::ROOT_INODE;
@@ -10,14 +9,7 @@ use std::time::Duration;
 const ROOT: u64 = ROOT_INODE.0;
 
 fn node(kind: Kind) -> NewNode {
-    NewNode {
-        kind,
-        mode: 0o755,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    }
+    NewNode::new(kind, 0o755)
 }
 
 /// A step's name, its calls to the owner and its writes to the chunks.

@@ -17,14 +17,7 @@ async fn start(nodes: usize) -> TestCluster {
 }
 
 async fn create(volume: &Volume, name: &str) -> File {
-    let node = NewNode {
-        kind: Kind::File,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    };
+    let node = NewNode::new(Kind::File, 0o644);
     let created = volume.create(ROOT, name.as_bytes(), node, true, OpenMode::default());
     created.await.unwrap().0
 }

@@ -1,7 +1,6 @@
 //! Sizes of files: quota, holes, what several clients do to one file at the same time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use bytes::Bytes;
 use lazarette_client::testing::{At, CHUNK_SIZE, Fault, TestCluster, mount};
 use lazarette_client::{File, Kind, LockKind, LockMode, LockRange, NewNode, OpenMode, SetAttributes, Volume};
 use lazarette_types::{ErrorCode, ROOT_INODE};
@@ -11,14 +10,7 @@ const ROOT: u64 = ROOT_INODE.0;
 const CHUNK: u64 = CHUNK_SIZE as u64;
 
 async fn create(volume: &Volume, name: &str) -> File {
-    let node = NewNode {
-        kind: Kind::File,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    };
+    let node = NewNode::new(Kind::File, 0o644);
     let mode = OpenMode::default();
     volume.create(ROOT, name.as_bytes(), node, true, mode).await.unwrap().0
 }

@@ -1,7 +1,6 @@
 //! The client against in-memory servers on real sockets, with faults.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use bytes::Bytes;
 use lazarette_client::testing::{At, CHUNK_SIZE, Fault, TestCluster, VOLUME, eventually, mount};
 use lazarette_client::{
     Cluster, File, Kind, LockKind, LockMode, LockRange, NewNode, OpenMode, SetAttributes, Volume, VolumeOptions,
@@ -12,14 +11,7 @@ use std::time::Duration;
 const ROOT: u64 = ROOT_INODE.0;
 
 fn node(kind: Kind) -> NewNode {
-    NewNode {
-        kind,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    }
+    NewNode::new(kind, 0o644)
 }
 
 async fn mount_with(cluster: &TestCluster, options: VolumeOptions) -> Volume {

@@ -3,7 +3,6 @@
 use crate::bugs::Bug;
 use crate::conditions::World;
 use crate::model::{Model, Register, UNKNOWN, judge};
-use bytes::Bytes;
 use lazarette_client::{
     Error, File, Found, Kind, LockKind, LockMode, LockRange, NewNode, OpenMode, SetAttributes, Volume,
 };
@@ -68,14 +67,7 @@ pub(crate) struct Mount {
 type Work = Result<(), Error>;
 
 fn new_file() -> NewNode {
-    NewNode {
-        kind: Kind::File,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: Bytes::new(),
-    }
+    NewNode::new(Kind::File, 0o644)
 }
 
 /// A number, as it stands in a file.

@@ -72,12 +72,9 @@ fn open_mode(flags: u32) -> OpenMode {
 
 fn node(kind: client::Kind, mode: u32, request: &Request) -> NewNode {
     NewNode {
-        kind,
-        mode: mode & 0o7777,
         uid: request.uid(),
         gid: request.gid(),
-        rdev: 0,
-        target: Bytes::new(),
+        ..NewNode::new(kind, mode & 0o7777)
     }
 }
 
