@@ -1,6 +1,7 @@
 //! Lazarette's own programs, built from this checkout.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -54,8 +55,12 @@ const OF_OUR_PACKAGE: [&str; 8] = [
 /// Cargo, as from a shell, for who wants its output as it comes. Build scripts (ring's) have cargo watch
 /// the variables of the package, so that it would compile half of the dependencies anew for each program
 /// that calls it.
-pub fn cargo_command() -> std::process::Command {
-    let mut command = std::process::Command::new("cargo");
+pub fn cargo_command() -> Command {
+    without_package(Command::new("cargo"))
+}
+
+/// The same with whatever runs cargo.
+pub fn without_package(mut command: Command) -> Command {
     for name in OF_OUR_PACKAGE {
         command.env_remove(name);
     }

@@ -5,12 +5,12 @@ use lazarette_e2e::lab::{Lab, LabConfig};
 use lazarette_e2e::tools::{self, Tool};
 use lazarette_e2e::{applications, build, cmd, debian, posix};
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only the part with this name: unit, local or kubernetes
+    /// Only the part with this name: unit, simulation, local or kubernetes
     #[arg(long)]
     part: Option<String>,
 }
@@ -18,24 +18,36 @@ pub(crate) struct Args {
 /// A part of the suite: a run of `cargo test`.
 struct Part {
     name: &'static str,
-    /// Test programs that make a cluster for each test, so one test at a time; None for all others.
-    clusters: Option<&'static [&'static str]>,
+    tests: Tests,
+}
+
+enum Tests {
+    /// All that need nothing but themselves.
+    Unit,
+    /// Programs that make a cluster for each test, so one test at a time.
+    Clusters(&'static [&'static str]),
+    /// So many seeds of the simulation.
+    Seeds(u32),
 }
 
 /// Those of a row run beside each other: tests on whole clusters wait more than they compute.
 const PARTS: &[&[Part]] = &[
     &[Part {
         name: "unit",
-        clusters: None,
+        tests: Tests::Unit,
     }],
     &[
         Part {
             name: "local",
-            clusters: Some(&["local", "faults", "healing", "csi", "posix", "files"]),
+            tests: Tests::Clusters(&["local", "faults", "healing", "csi", "posix", "files"]),
         },
         Part {
             name: "kubernetes",
-            clusters: Some(&["lab", "kubernetes"]),
+            tests: Tests::Clusters(&["lab", "kubernetes"]),
+        },
+        Part {
+            name: "simulation",
+            tests: Tests::Seeds(2000),
         },
     ],
 ];
@@ -141,20 +153,40 @@ pub(crate) async fn build_tools() -> Result<()> {
     posix::ensure().await.map(drop)
 }
 
+impl Tests {
+    fn command(&self) -> Command {
+        // To the end also after a failure: one run shows all of them.
+        let test = ["test", "--no-fail-fast"];
+        // The whole workspace, or cargo would compile dependencies anew for each selection.
+        let workspace = [test.as_slice(), &["--workspace"]].concat();
+        let mut command = build::cargo_command();
+        match self {
+            Self::Unit => {
+                command.args(workspace);
+            }
+            Self::Clusters(programs) => {
+                command.args(workspace).arg("--features=lazarette-e2e/machine");
+                command.args(programs.iter().map(|program| format!("--test={program}")));
+                command.args(["--", "--test-threads=1"]);
+            }
+            Self::Seeds(count) => {
+                // It computes only, and may wait for those who have a deadline.
+                command = build::without_package(Command::new("nice"));
+                command.args(["-n", "15", "cargo"]).args(test);
+                command.args(["--release", "--package=lazarette-simulation", "--test=seeds"]);
+                command.env("LAZARETTE_SEEDS", count.to_string());
+            }
+        }
+        command
+    }
+}
+
 impl Part {
     /// Runs it and passes its output on; gives whether all is well, and what was said.
     fn run(&self) -> Result<(bool, Report)> {
         eprintln!("== {}", self.name);
         let started = Instant::now();
-        let mut command = build::cargo_command();
-        // To the end also after a failure: one run shows all of them. The whole workspace, or cargo would
-        // compile dependencies anew for each selection.
-        command.args(["test", "--no-fail-fast", "--workspace"]);
-        if let Some(programs) = self.clusters {
-            command.arg("--features=lazarette-e2e/machine");
-            command.args(programs.iter().map(|program| format!("--test={program}")));
-            command.args(["--", "--test-threads=1"]);
-        }
+        let mut command = self.tests.command();
         let mut child = command
             // A test's message says what was seen; backtraces of its runtime bury it.
             .env("RUST_BACKTRACE", "0")
@@ -170,7 +202,7 @@ impl Part {
         for line in BufReader::new(stdout).lines() {
             let line = line?;
             println!("{line}");
-            if self.clusters.is_some()
+            if !matches!(self.tests, Tests::Unit)
                 && let Some((name, _)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
             {
                 slow.push(format!("\n  {:>4} s  {name}", last.elapsed().as_secs()));

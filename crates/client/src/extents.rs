@@ -10,7 +10,7 @@ pub(crate) const PIECE: u64 = 1 << 20;
 const STREAM: usize = 64 << 10;
 
 /// Most bytes of one write request, at least a piece.
-const WRITE_BYTES: usize = 1 << 20;
+const WRITE_BYTES: usize = 4 << 20;
 
 /// What one write request puts into one chunk.
 #[derive(Debug)]

@@ -467,7 +467,9 @@ impl Inner {
     }
 
     async fn write_chunk(&self, ino: u64, seed: u32, write: ChunkWrite) -> Result<()> {
-        let _in_flight = self.in_flight.acquire().await;
+        let bytes: usize = write.parts.iter().map(|(_, data)| data.len()).sum();
+        let requests = bytes.div_ceil(PIECE as usize).clamp(1, self.options.in_flight);
+        let _in_flight = self.in_flight.acquire_many(requests as u32).await;
         let part = |(offset, data): (u32, Bytes)| {
             let crc = crc32c(&data);
             WritePart { offset, data, crc }

@@ -34,7 +34,7 @@ pub struct VolumeOptions {
     pub client: String,
     /// Bytes that writers may have unflushed over all files before they wait.
     pub dirty_bytes: usize,
-    /// Data requests in flight at a time.
+    /// Data requests in flight at a time; one of several MiB counts as so many.
     pub in_flight: usize,
     /// Age at which unflushed bytes are flushed without being asked.
     pub flush_after: Duration,

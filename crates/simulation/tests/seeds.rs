@@ -1,12 +1,12 @@
 //! Seeds that are run for every change. `LAZARETTE_SEED=17 cargo test -p lazarette-simulation --test seeds` runs one,
-//! and prints what happens; `cargo xtask soak simulation` runs thousands.
+//! and prints what happens; `LAZARETTE_SEEDS` says how many there are. `cargo xtask test` runs thousands.
 
 use lazarette_simulation::{Bug, runner};
 use std::path::Path;
 use std::process::Command;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_lazarette-simulation");
-/// How many; about a second each.
+/// How many, if nothing else is said; about a second each.
 const SEEDS: u64 = 24;
 
 #[test]
@@ -19,7 +19,8 @@ fn nothing_is_lost_or_stale_or_done_twice() {
         assert!(status.success(), "seed {seed}");
         return;
     }
-    let failures = runner::run_all(Path::new(PROGRAM), 0..SEEDS, None, false, |_, _| {}).unwrap();
+    let seeds = std::env::var("LAZARETTE_SEEDS").map_or(SEEDS, |count| count.parse().unwrap());
+    let failures = runner::run_all(Path::new(PROGRAM), 0..seeds, None, false, |_, _| {}).unwrap();
     for failure in &failures {
         println!("{}", failure.output);
     }
