@@ -1,8 +1,10 @@
 //! The file operations that the store needs, behind a trait so that tests can cut the power
 //! between any two of them.
 
+use rustix::fs::{OFlags, ResolveFlags};
+use rustix::io::ReadWriteFlags;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +13,8 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     Read,
+    /// For reading what is in memory: opening and reading fail rather than wait for the disk.
+    ReadCached,
     Write,
     /// For reading and writing; made if it does not exist, emptied if it does.
     Create,
@@ -90,6 +94,18 @@ impl RealDisk {
         }
     }
 
+    fn open_cached(&self, path: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat2(
+            &self.folder,
+            path,
+            flags,
+            rustix::fs::Mode::empty(),
+            ResolveFlags::CACHED,
+        )?;
+        Ok(Arc::new(CachedFile(file.into())))
+    }
+
     fn path(&self, path: &str) -> PathBuf {
         if path.is_empty() {
             self.root.clone()
@@ -121,6 +137,7 @@ impl Disk for RealDisk {
         options.read(true);
         match mode {
             Mode::Read => {}
+            Mode::ReadCached => return self.open_cached(path),
             Mode::Write => {
                 options.write(true);
             }
@@ -173,18 +190,27 @@ impl Disk for RealDisk {
     }
 }
 
+/// Reads until the buffer is full or the file ends.
+fn read_all(
+    buffer: &mut [u8],
+    offset: u64,
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match read(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
 impl DiskFile for File {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut done = 0;
-        while done < buffer.len() {
-            match FileExt::read_at(self, &mut buffer[done..], offset + done as u64) {
-                Ok(0) => break,
-                Ok(n) => done += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        read_all(buffer, offset, |buffer, offset| FileExt::read_at(self, buffer, offset))
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
@@ -201,6 +227,39 @@ impl DiskFile for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+}
+
+/// A file of [`Mode::ReadCached`].
+struct CachedFile(File);
+
+impl DiskFile for CachedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        read_all(buffer, offset, |buffer, offset| {
+            let mut buffers = [IoSliceMut::new(buffer)];
+            Ok(rustix::io::preadv2(
+                &self.0,
+                &mut buffers,
+                offset,
+                ReadWriteFlags::NOWAIT,
+            )?)
+        })
+    }
+
+    fn write_at(&self, _data: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn set_len(&self, _length: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        DiskFile::len(&self.0)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

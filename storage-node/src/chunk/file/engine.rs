@@ -18,7 +18,9 @@ use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
 
 pub(super) const BLOCK: usize = BLOCK_SIZE as usize;
 const CHANGE_LOCKS: usize = 1024;
@@ -105,6 +107,15 @@ impl Engine {
     pub(super) fn share_file(&self, key: Key) -> RwLockReadGuard<'_, ()> {
         let lock = self.file_lock(key).read();
         lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same, unless it would wait.
+    pub(super) fn try_share_file(&self, key: Key) -> Option<RwLockReadGuard<'_, ()>> {
+        match self.file_lock(key).try_read() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     pub(super) fn lock_file(&self, key: Key) -> RwLockWriteGuard<'_, ()> {

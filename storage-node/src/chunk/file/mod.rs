@@ -55,6 +55,8 @@ use tokio::sync::Semaphore;
 const CHANGES_AT_ONCE: usize = 128;
 /// The same for reads.
 const READS_AT_ONCE: usize = 32;
+/// Bytes of a read that may be copied and verified on the caller's thread.
+const READ_HERE: u32 = 64 << 10;
 /// How often the log is folded into the files if nothing asks for it earlier.
 const FOLD_INTERVAL: Duration = Duration::from_secs(5);
 /// A killed process keeps its lock until its last write to the disk has ended.
@@ -347,6 +349,12 @@ impl ChunkStore for FileChunkStore {
     }
 
     async fn read(&self, rs: ReplicaSetId, chunk: ChunkId, offset: u32, length: u32) -> Result<Contents, ChunkError> {
+        // A thread for what is in memory would cost more than the read.
+        if length <= READ_HERE
+            && let Some(contents) = self.engine.read_cached((rs, chunk), offset, length)
+        {
+            return Ok(contents);
+        }
         let call = move |engine: &Engine| engine.read((rs, chunk), offset, length);
         self.run(&self.reads, call).await
     }

@@ -21,6 +21,8 @@ struct View {
     pending: Vec<(u32, Block)>,
     /// The chunk's file, once something was read from it.
     file: OnceCell<Arc<dyn DiskFile>>,
+    /// How it is opened.
+    mode: Mode,
 }
 
 /// Where a block is read from.
@@ -40,6 +42,7 @@ impl Engine {
             base: blocks(entry.length),
             pending: Vec::new(),
             file: OnceCell::new(),
+            mode: Mode::Read,
         };
         if let Some(overlay) = state.overlay(key) {
             view.base = overlay.base;
@@ -107,7 +110,7 @@ impl Engine {
         let file = match view.file.get() {
             Some(file) => file,
             None => {
-                let file = self.disk.open(&chunk_path(key, view.entry.file), Mode::Read)?;
+                let file = self.disk.open(&chunk_path(key, view.entry.file), view.mode)?;
                 view.file.get_or_init(|| file)
             }
         };
@@ -139,8 +142,19 @@ impl Engine {
     }
 
     pub(super) fn read(&self, key: Key, offset: u32, length: u32) -> Result<Contents, ChunkError> {
-        self.poison.check()?;
         let _file = self.share_file(key);
+        self.read_shared(key, offset, length, Mode::Read)
+    }
+
+    /// Reads what is in memory. None: that would take its time or fails, which [`read`](Self::read) is for.
+    pub(super) fn read_cached(&self, key: Key, offset: u32, length: u32) -> Option<Contents> {
+        let _file = self.try_share_file(key)?;
+        self.read_shared(key, offset, length, Mode::ReadCached).ok()
+    }
+
+    /// The caller shares the file lock.
+    fn read_shared(&self, key: Key, offset: u32, length: u32, mode: Mode) -> Result<Contents, ChunkError> {
+        self.poison.check()?;
         let first = offset / BLOCK_SIZE;
         let Some(mut view) = self.view(key, first..blocks(offset.saturating_add(length))) else {
             return Ok(Contents::new(Version::NONE, Bytes::new()));
@@ -154,6 +168,7 @@ impl Engine {
         }
         let last = blocks(end);
         view.pending.retain(|(index, _)| *index < last);
+        view.mode = mode;
         let buffer = Bytes::from(self.read_view(key, &view, first, last)?);
         let skip = (offset % BLOCK_SIZE) as usize;
         let data = buffer.slice(skip..skip + (end - offset) as usize);

@@ -354,7 +354,7 @@ impl Disk for SimDisk {
         Ok(Arc::new(SimFile {
             disk: self.clone(),
             inode,
-            writable: mode != Mode::Read,
+            writable: matches!(mode, Mode::Write | Mode::Create),
         }))
     }
 
