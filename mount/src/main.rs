@@ -55,7 +55,7 @@ fn main() -> anyhow::Result<()> {
     lazarette_telemetry::init("mount");
     // Few threads: each has its own arena of memory, and the work is waiting, mostly.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
+        .worker_threads(2)
         .max_blocking_threads(16)
         .enable_all()
         .build()
