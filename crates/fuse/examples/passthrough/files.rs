@@ -110,12 +110,12 @@ impl Passthrough {
             return Ok(self.entry((number, stat)));
         }
         let node = self.nodes.get(number)?;
-        sys::chownat(&node.fd, "", uid, gid, AtFlags::EMPTY_PATH)?;
+        sys::chownat(node.fd()?, "", uid, gid, AtFlags::EMPTY_PATH)?;
         // Which takes these bits away.
         if mode & 0o6000 != 0 && Kind::of_mode(stat.st_mode) != Some(Kind::Symlink) {
-            sys::chmod(node.path(), Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+            sys::chmod(node.path()?, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
         }
-        Ok(self.entry((number, sys::fstat(&node.fd)?)))
+        Ok(self.entry((number, sys::fstat(node.fd()?)?)))
     }
 
     /// A file that was opened; `size` tells its bytes.
@@ -135,14 +135,14 @@ impl Passthrough {
     }
 
     /// A file that was created and opened.
-    fn created(&self, request: &Request, create: &Create<'_>, fd: OwnedFd) -> Result<(Entry, Opened)> {
-        let entry = self.own(request, self.nodes.opened(&fd)?, create.mode)?;
+    fn created(&self, request: &Request, made: (u64, Stat), mode: u32, fd: OwnedFd) -> Result<(Entry, Opened)> {
+        let entry = self.own(request, made, mode)?;
         let node = self.nodes.get(entry.node)?;
         Ok((entry, self.opened(request, &node, fd, |_| entry.attr.size)))
     }
 
     fn open_node(&self, node: &Node, wanted: OFlags) -> Result<OwnedFd> {
-        Ok(sys::open(node.path(), wanted, Mode::empty())?)
+        node.reopen(wanted)
     }
 
     /// The open file, or the node opened if there is none.
@@ -165,7 +165,12 @@ impl Filesystem for Passthrough {
         } else {
             lookup.name
         };
-        Ok(self.entry(self.nodes.lookup(&parent, name)?))
+        let found = self.nodes.lookup(&parent, name)?;
+        if name == "." || name == ".." {
+            // What these lead to may be another one's parent tomorrow.
+            self.nodes.get(found.0)?.fd()?;
+        }
+        Ok(self.entry(found))
     }
 
     fn forget(&self, forgets: &[Forget]) {
@@ -175,16 +180,16 @@ impl Filesystem for Passthrough {
     }
 
     async fn getattr(&self, _request: &Request, getattr: Getattr) -> Result<Attributes> {
-        Ok(self.attributes(&sys::fstat(&self.nodes.get(getattr.node)?.fd)?))
+        Ok(self.attributes(&sys::fstat(self.nodes.get(getattr.node)?.fd()?)?))
     }
 
     async fn statx(&self, _request: &Request, query: StatxQuery) -> Result<Statx> {
         let node = self.nodes.get(query.node)?;
         let how = AtFlags::EMPTY_PATH | AtFlags::from_bits_retain(query.flags);
-        let told = sys::statx(&node.fd, "", how, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
+        let told = sys::statx(node.fd()?, "", how, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
         let born = StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::BTIME);
         Ok(Statx {
-            attr: attr(&sys::fstat(&node.fd)?),
+            attr: attr(&sys::fstat(node.fd()?)?),
             btime: born.then_some(Timestamp {
                 seconds: told.stx_btime.tv_sec,
                 nanoseconds: told.stx_btime.tv_nsec,
@@ -199,10 +204,10 @@ impl Filesystem for Passthrough {
         let node = self.nodes.get(setattr.node)?;
         if setattr.uid.is_some() || setattr.gid.is_some() {
             let (uid, gid) = (setattr.uid.map(Uid::from_raw), setattr.gid.map(Gid::from_raw));
-            sys::chownat(&node.fd, "", uid, gid, AtFlags::EMPTY_PATH)?;
+            sys::chownat(node.fd()?, "", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(mode) = setattr.mode {
-            sys::chmod(node.path(), Mode::from_raw_mode(mode & 0o7777))?;
+            sys::chmod(node.path()?, Mode::from_raw_mode(mode & 0o7777))?;
         }
         if let Some(size) = setattr.size {
             let wanted = OFlags::WRONLY | OFlags::NONBLOCK;
@@ -232,20 +237,20 @@ impl Filesystem for Passthrough {
                 last_access: time(setattr.atime),
                 last_modification: time(setattr.mtime),
             };
-            sys::utimensat(&node.fd, "", &times, AtFlags::EMPTY_PATH)?;
+            sys::utimensat(node.fd()?, "", &times, AtFlags::EMPTY_PATH)?;
         }
-        Ok(self.attributes(&sys::fstat(&node.fd)?))
+        Ok(self.attributes(&sys::fstat(node.fd()?)?))
     }
 
     async fn readlink(&self, _request: &Request, readlink: Readlink) -> Result<OsString> {
-        let target = sys::readlinkat(&self.nodes.get(readlink.node)?.fd, "", Vec::with_capacity(256))?;
+        let target = sys::readlinkat(self.nodes.get(readlink.node)?.fd()?, "", Vec::with_capacity(256))?;
         Ok(OsString::from_vec(target.into_bytes()))
     }
 
     async fn symlink(&self, request: &Request, symlink: Symlink<'_>) -> Result<Entry> {
         let parent = self.nodes.get(symlink.parent)?;
-        sys::symlinkat(symlink.target, &parent.fd, symlink.name)?;
-        self.own(request, self.nodes.made(&parent, symlink.name)?, 0)
+        sys::symlinkat(symlink.target, parent.fd()?, symlink.name)?;
+        self.own(request, self.nodes.lookup(&parent, symlink.name)?, 0)
     }
 
     async fn mknod(&self, request: &Request, mknod: Mknod<'_>) -> Result<Entry> {
@@ -253,44 +258,42 @@ impl Filesystem for Passthrough {
         let (major, minor) = decode_device(mknod.rdev);
         let kind = sys::FileType::from_raw_mode(mknod.mode);
         sys::mknodat(
-            &parent.fd,
+            parent.fd()?,
             mknod.name,
             kind,
             Mode::from_raw_mode(mknod.mode & 0o7777),
             sys::makedev(major, minor),
         )?;
-        self.own(request, self.nodes.made(&parent, mknod.name)?, mknod.mode)
+        self.own(request, self.nodes.lookup(&parent, mknod.name)?, mknod.mode)
     }
 
     async fn mkdir(&self, request: &Request, mkdir: Mkdir<'_>) -> Result<Entry> {
         let parent = self.nodes.get(mkdir.parent)?;
-        sys::mkdirat(&parent.fd, mkdir.name, Mode::from_raw_mode(mkdir.mode & 0o7777))?;
-        self.own(request, self.nodes.made(&parent, mkdir.name)?, 0)
+        sys::mkdirat(parent.fd()?, mkdir.name, Mode::from_raw_mode(mkdir.mode & 0o7777))?;
+        self.own(request, self.nodes.lookup(&parent, mkdir.name)?, 0)
     }
 
     async fn unlink(&self, _request: &Request, remove: Remove<'_>) -> Result<()> {
-        Ok(sys::unlinkat(
-            &self.nodes.get(remove.parent)?.fd,
-            remove.name,
-            AtFlags::empty(),
-        )?)
+        let parent = self.nodes.get(remove.parent)?;
+        self.nodes.keep(&parent, remove.name)?;
+        Ok(sys::unlinkat(parent.fd()?, remove.name, AtFlags::empty())?)
     }
 
     async fn rmdir(&self, _request: &Request, remove: Remove<'_>) -> Result<()> {
-        Ok(sys::unlinkat(
-            &self.nodes.get(remove.parent)?.fd,
-            remove.name,
-            AtFlags::REMOVEDIR,
-        )?)
+        let parent = self.nodes.get(remove.parent)?;
+        self.nodes.keep(&parent, remove.name)?;
+        Ok(sys::unlinkat(parent.fd()?, remove.name, AtFlags::REMOVEDIR)?)
     }
 
     async fn rename(&self, _request: &Request, rename: Rename<'_>) -> Result<()> {
         let (from, to) = (self.nodes.get(rename.parent)?, self.nodes.get(rename.new_parent)?);
+        self.nodes.keep(&from, rename.name)?;
+        self.nodes.keep(&to, rename.new_name)?;
         let flags = RenameFlags::from_bits_retain(rename.flags);
         Ok(sys::renameat_with(
-            &from.fd,
+            from.fd()?,
             rename.name,
-            &to.fd,
+            to.fd()?,
             rename.new_name,
             flags,
         )?)
@@ -300,8 +303,8 @@ impl Filesystem for Passthrough {
         let (node, parent) = (self.nodes.get(link.node)?, self.nodes.get(link.new_parent)?);
         sys::linkat(
             sys::CWD,
-            node.path(),
-            &parent.fd,
+            node.path()?,
+            parent.fd()?,
             link.new_name,
             AtFlags::SYMLINK_FOLLOW,
         )?;
@@ -319,15 +322,22 @@ impl Filesystem for Passthrough {
         // The kernel asks for this for names that were free a moment ago.
         let how = flags(create.flags) | OFlags::CREATE | OFlags::NOFOLLOW;
         let how = how | OFlags::from_bits_retain(create.flags) & OFlags::EXCL;
-        let fd = sys::openat(&parent.fd, create.name, how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        self.created(request, &create, fd)
+        let fd = sys::openat(
+            parent.fd()?,
+            create.name,
+            how,
+            Mode::from_raw_mode(create.mode & 0o7777),
+        )?;
+        let made = self.nodes.named(&parent, create.name, sys::fstat(&fd)?)?;
+        self.created(request, made, create.mode, fd)
     }
 
     async fn tmpfile(&self, request: &Request, create: Create<'_>) -> Result<(Entry, Opened)> {
         let parent = self.nodes.get(create.parent)?;
         let how = OFlags::from_bits_retain(create.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
-        let fd = sys::openat(&parent.fd, ".", how, Mode::from_raw_mode(create.mode & 0o7777))?;
-        self.created(request, &create, fd)
+        let fd = sys::openat(parent.fd()?, ".", how, Mode::from_raw_mode(create.mode & 0o7777))?;
+        let made = self.nodes.unnamed(&fd, sys::fstat(&fd)?)?;
+        self.created(request, made, create.mode, fd)
     }
 
     /// Most reads are done by the thread that has the request, even if they wait for a disk: to hand
@@ -444,7 +454,7 @@ impl Filesystem for Passthrough {
     }
 
     async fn statfs(&self, _request: &Request, statfs: StatfsQuery) -> Result<Statfs> {
-        let figures = sys::fstatvfs(&self.nodes.get(statfs.node)?.fd)?;
+        let figures = sys::fstatvfs(self.nodes.get(statfs.node)?.fd()?)?;
         Ok(Statfs {
             blocks: figures.f_blocks,
             free: figures.f_bfree,
@@ -463,7 +473,7 @@ impl Filesystem for Passthrough {
     }
 
     async fn setxattr(&self, _request: &Request, setxattr: Setxattr<'_>) -> Result<()> {
-        let path = self.nodes.get(setxattr.node)?.path();
+        let path = self.nodes.get(setxattr.node)?.path()?;
         Ok(sys::setxattr(
             path,
             setxattr.name,
@@ -473,14 +483,14 @@ impl Filesystem for Passthrough {
     }
 
     async fn getxattr(&self, _request: &Request, getxattr: Getxattr<'_>) -> Result<Bytes> {
-        let path = self.nodes.get(getxattr.node)?.path();
+        let path = self.nodes.get(getxattr.node)?.path()?;
         let mut value = Vec::with_capacity(65_536);
         sys::getxattr(path, getxattr.name, rustix::buffer::spare_capacity(&mut value))?;
         Ok(Bytes::copy_from_slice(&value))
     }
 
     async fn listxattr(&self, _request: &Request, listxattr: Listxattr) -> Result<Bytes> {
-        let path = self.nodes.get(listxattr.node)?.path();
+        let path = self.nodes.get(listxattr.node)?.path()?;
         let mut names = Vec::with_capacity(65_536);
         sys::listxattr(path, rustix::buffer::spare_capacity(&mut names))?;
         Ok(Bytes::copy_from_slice(&names))
@@ -488,7 +498,7 @@ impl Filesystem for Passthrough {
 
     async fn removexattr(&self, _request: &Request, removexattr: Removexattr<'_>) -> Result<()> {
         Ok(sys::removexattr(
-            self.nodes.get(removexattr.node)?.path(),
+            self.nodes.get(removexattr.node)?.path()?,
             removexattr.name,
         )?)
     }

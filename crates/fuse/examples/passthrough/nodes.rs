@@ -5,10 +5,10 @@ use lazarette_fuse::{Attr, Errno, Result, Timestamp};
 use rustix::fs::{self as sys, AtFlags, Mode, OFlags, Stat};
 use rustix::mount::OpenTreeFlags;
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
@@ -26,25 +26,72 @@ enum Way {
     Backed { number: i32, users: u64 },
 }
 
-/// A node, held open by an O_PATH descriptor.
+/// A node: the name under which it was found, or a descriptor that keeps it.
+///
+/// A descriptor costs more than all else that a lookup does, and most nodes need none. So a node gets it when
+/// something is done with it, at the latest before its name goes. Names that somebody else takes away below
+/// the mount are `ESTALE`; the kernel then looks again.
 pub(crate) struct Node {
-    pub(crate) fd: OwnedFd,
+    ino: u64,
+    name: Option<(Arc<Node>, OsString)>,
+    /// Opened with O_PATH.
+    fd: OnceLock<OwnedFd>,
     lookups: AtomicU64,
     way: Mutex<Way>,
 }
 
 impl Node {
-    /// A path to it for calls that take no O_PATH descriptor.
-    pub(crate) fn path(&self) -> String {
-        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
-    }
-
-    fn new(fd: OwnedFd, lookups: u64) -> Arc<Self> {
+    fn new(ino: u64, name: Option<(Arc<Node>, OsString)>, fd: OnceLock<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
+            ino,
+            name,
             fd,
-            lookups: AtomicU64::new(lookups),
+            lookups: AtomicU64::new(0),
             way: Mutex::new(Way::Served(0)),
         })
+    }
+
+    /// Its O_PATH descriptor.
+    pub(crate) fn fd(&self) -> Result<&OwnedFd> {
+        match self.fd.get() {
+            Some(fd) => Ok(fd),
+            None => {
+                let opened = self.open_by_name(OFlags::PATH | OFlags::CLOEXEC)?;
+                // If its name has gone meanwhile, it got one.
+                opened
+                    .map_or_else(|| self.fd.get(), |fd| Some(self.fd.get_or_init(|| fd)))
+                    .ok_or(Errno::ESTALE)
+            }
+        }
+    }
+
+    /// A path to it for calls that take no O_PATH descriptor.
+    pub(crate) fn path(&self) -> Result<String> {
+        Ok(format!("/proc/self/fd/{}", self.fd()?.as_raw_fd()))
+    }
+
+    /// Opens it.
+    pub(crate) fn reopen(&self, how: OFlags) -> Result<OwnedFd> {
+        // What is found under the name must not be changed before it is known to be the node.
+        if self.fd.get().is_none()
+            && !how.contains(OFlags::TRUNC)
+            && let Some(fd) = self.open_by_name(how)?
+        {
+            return Ok(fd);
+        }
+        Ok(sys::open(self.path()?, how, Mode::empty())?)
+    }
+
+    /// None if there is something else under the name, or nothing.
+    fn open_by_name(&self, how: OFlags) -> Result<Option<OwnedFd>> {
+        let Some((parent, name)) = &self.name else {
+            return Ok(None);
+        };
+        match sys::openat(parent.fd()?, name, how | OFlags::NOFOLLOW, Mode::empty()) {
+            Ok(fd) => Ok((sys::fstat(&fd)?.st_ino == self.ino).then_some(fd)),
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::LOOP) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn way(&self) -> MutexGuard<'_, Way> {
@@ -108,7 +155,7 @@ impl Nodes {
             Mode::empty(),
         )?;
         let stat = sys::fstat(&fd)?;
-        let root = Node::new(fd, 1);
+        let root = Node::new(stat.st_ino, None, OnceLock::from(fd));
         Ok(Self {
             device: stat.st_dev,
             root: stat.st_ino,
@@ -131,44 +178,56 @@ impl Nodes {
     }
 
     /// A name's node, for which the kernel holds one more reference from now on.
-    pub(crate) fn lookup(&self, parent: &Node, name: &OsStr) -> Result<(u64, Stat)> {
-        let stat = sys::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    pub(crate) fn lookup(&self, parent: &Arc<Node>, name: &OsStr) -> Result<(u64, Stat)> {
+        let stat = sys::statat(parent.fd()?, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        self.named(parent, name, stat)
+    }
+
+    /// As `lookup`, of a name whose attributes are known.
+    pub(crate) fn named(&self, parent: &Arc<Node>, name: &OsStr, stat: Stat) -> Result<(u64, Stat)> {
+        self.enter(stat, || {
+            let name = Some((Arc::clone(parent), name.to_owned()));
+            Node::new(stat.st_ino, name, OnceLock::new())
+        })
+    }
+
+    /// As `lookup`, of an open file without a name: a second descriptor that keeps nothing but the node.
+    pub(crate) fn unnamed(&self, file: &OwnedFd, stat: Stat) -> Result<(u64, Stat)> {
+        let how = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let fd = rustix::mount::open_tree(file, "", how)?;
+        self.enter(stat, || Node::new(stat.st_ino, None, OnceLock::from(fd)))
+    }
+
+    fn enter(&self, stat: Stat, make: impl FnOnce() -> Arc<Node>) -> Result<(u64, Stat)> {
         let number = self.number(&stat)?;
         if let Some(node) = read(&self.known).get(&number) {
             node.lookups.fetch_add(1, Ordering::SeqCst);
             return Ok((number, stat));
         }
-        self.made(parent, name)
-    }
-
-    /// As `lookup`, of a name that was made a moment ago: its node is hardly known.
-    pub(crate) fn made(&self, parent: &Node, name: &OsStr) -> Result<(u64, Stat)> {
-        self.enter(sys::openat(
-            &parent.fd,
-            name,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?)
-    }
-
-    /// As `lookup`, of a file that is open: a second descriptor that keeps nothing but the node.
-    pub(crate) fn opened(&self, file: &OwnedFd) -> Result<(u64, Stat)> {
-        let how = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        self.enter(rustix::mount::open_tree(file, "", how)?)
-    }
-
-    /// Notes a node that is open.
-    fn enter(&self, fd: OwnedFd) -> Result<(u64, Stat)> {
-        let stat = sys::fstat(&fd)?;
-        let number = self.number(&stat)?;
-        let fresh = Node::new(fd, 0);
+        let made = make();
         let mut known = write(&self.known);
         known
             .entry(number)
-            .or_insert(fresh)
+            .or_insert(made)
             .lookups
             .fetch_add(1, Ordering::SeqCst);
         Ok((number, stat))
+    }
+
+    /// A name is about to go: its node gets its descriptor while there is a way to it. What is wrong with the
+    /// name is for the call that takes it away to say.
+    pub(crate) fn keep(&self, parent: &Node, name: &OsStr) -> Result<()> {
+        let how = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(fd) = sys::openat(parent.fd()?, name, how, Mode::empty()) else {
+            return Ok(());
+        };
+        let stat = sys::fstat(&fd)?;
+        if let Ok(number) = self.number(&stat)
+            && let Ok(node) = self.get(number)
+        {
+            let _ = node.fd.set(fd);
+        }
+        Ok(())
     }
 
     pub(crate) fn forget(&self, number: u64, lookups: u64) {
