@@ -27,11 +27,16 @@ pub(crate) struct Passthrough {
     may_wait: Semaphore,
     /// Bytes from which on a file is read and written by the kernel itself, where it can.
     backed_from: u64,
+    /// This process's user and group, to whom belongs what it makes.
+    owner: (u32, u32),
 }
 
 /// To make a file known to the kernel costs as much as some reads of it do: small ones are read through
 /// this process.
 pub(crate) const BACKED_FROM: u64 = 256 << 10;
+
+/// Bytes of the longest extended attribute, and of all their names.
+const XATTR_MOST: usize = 65_536;
 
 /// Flags of an open(2) that are for the one who calls it.
 fn flags(raw: u32) -> OFlags {
@@ -78,6 +83,7 @@ impl Passthrough {
             ttl,
             may_wait: Semaphore::new(readers.saturating_sub(1)),
             backed_from,
+            owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
         })
     }
 
@@ -101,7 +107,7 @@ impl Passthrough {
     /// Gives what was created here to whom it was created for.
     fn own(&self, request: &Request, node: (u64, Stat), mode: u32) -> Result<Entry> {
         let (number, stat) = node;
-        let (us, our_group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let (us, our_group) = self.owner;
         let uid = (request.uid() != us).then(|| Uid::from_raw(request.uid()));
         // A directory may have given its own group.
         let inherited = stat.st_gid != our_group;
@@ -483,15 +489,19 @@ impl Filesystem for Passthrough {
     }
 
     async fn getxattr(&self, _request: &Request, getxattr: Getxattr<'_>) -> Result<Bytes> {
+        // Before it writes, the kernel asks for what hardly any file has: a small buffer does for that.
+        let mut value = Vec::with_capacity(match getxattr.size {
+            0 => XATTR_MOST,
+            size => XATTR_MOST.min(size as usize),
+        });
         let path = self.nodes.get(getxattr.node)?.path()?;
-        let mut value = Vec::with_capacity(65_536);
         sys::getxattr(path, getxattr.name, rustix::buffer::spare_capacity(&mut value))?;
-        Ok(Bytes::copy_from_slice(&value))
+        Ok(value.into())
     }
 
     async fn listxattr(&self, _request: &Request, listxattr: Listxattr) -> Result<Bytes> {
         let path = self.nodes.get(listxattr.node)?.path()?;
-        let mut names = Vec::with_capacity(65_536);
+        let mut names = Vec::with_capacity(XATTR_MOST);
         sys::listxattr(path, rustix::buffer::spare_capacity(&mut names))?;
         Ok(Bytes::copy_from_slice(&names))
     }
