@@ -223,10 +223,10 @@ impl VolumeFilesystem {
         let Shared {
             handles, invalidator, ..
         } = &*self.shared;
-        handles.forget_listings().await;
         for ino in handles.forget_cached() {
             invalidator.all(ino).await;
         }
+        handles.forget_listings().await;
     }
 
     /// Runs a change to its end, also when the caller is killed meanwhile: what this client knows of
