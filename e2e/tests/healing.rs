@@ -10,10 +10,12 @@ use lazarette_e2e::{Deadline, wait_for};
 use lazarette_proto::cluster::{ClusterStatus, DrainNodeRequest, ForgetNodeRequest, NodeStatus};
 use lazarette_workload::verify;
 use rustix::process::Signal;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use support::Cluster;
 
 /// Files of 1 to 3 MiB.
@@ -131,11 +133,17 @@ async fn the_cluster_heals_grows_and_shrinks_while_it_is_written() {
         file.write_all_at(&[byte[0] ^ 4], DATA + at).unwrap();
     }
     fs::remove_file(&files[2]).unwrap();
+    let damaged_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let passes = Mutex::new(BTreeSet::new());
     until(inner, "three damaged copies repaired", |status| {
         let scrub = node(status, 1).scrub.unwrap_or_default();
-        // Reads may have met one of them first.
+        // The second pass to end has seen all of it, whatever others saw first. Reads may have met one of them, too.
+        let mut passes = passes.lock().unwrap();
+        if scrub.last_pass_seconds > damaged_at {
+            passes.insert(scrub.last_pass_seconds);
+        }
         ensure!(
-            scrub.found >= 1 && scrub.repaired == scrub.found && scrub.lost == 0,
+            passes.len() >= 2 && scrub.found >= 1 && scrub.repaired == scrub.found && scrub.lost == 0,
             "{status:?}"
         );
         Ok(())

@@ -47,7 +47,7 @@ const PARTS: &[&[Part]] = &[
         },
         Part {
             name: "simulation",
-            tests: Tests::Seeds(2000),
+            tests: Tests::Seeds(1000),
         },
     ],
 ];
