@@ -1,5 +1,5 @@
 //! Seeds that are run for every change. `LAZARETTE_SEED=17 cargo test -p lazarette-simulation --test seeds` runs one,
-//! and prints what happens; `LAZARETTE_SEEDS` says how many there are. `cargo xtask test` runs thousands.
+//! and prints what happens; `LAZARETTE_SEEDS` says how many there are. `cargo xtask test` runs a thousand.
 
 use lazarette_simulation::{Bug, runner};
 use std::path::Path;
