@@ -17,7 +17,8 @@ use crate::{Deadline, build, wait_for};
 const VOLUME: &str = "faults";
 /// Operations that each mount which must not suffer has to do while a fault lasts.
 const PROGRESS: u64 = 40;
-/// A client that is silent for longer than its session (10 s) loses it.
+/// A client that is silent for longer than its session (10 s) loses it, and its leases long before that: in the
+/// second half of a short silence it can do nothing.
 const SHORT: Duration = Duration::from_secs(7);
 const LONG: Duration = Duration::from_secs(14);
 /// How long anything may take before it counts as hung. Stalls are measured, not judged.
@@ -84,8 +85,8 @@ impl Fault {
                 0 => Self::KillNode(node),
                 1 => Self::PauseNode(node),
                 2 => Self::CutNode(node, time),
-                3 => Self::PauseClient(number, time.min(SHORT)),
-                4 => Self::CutClient(number, time.min(SHORT)),
+                3 => Self::PauseClient(number, SHORT),
+                4 => Self::CutClient(number, SHORT),
                 5 => Self::KillEtcd,
                 6 => Self::PauseEtcd,
                 7 => Self::CutEtcd(time),
