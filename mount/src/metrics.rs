@@ -17,12 +17,18 @@ impl Collector for Mounts {
         let mounts = self.0.mounts();
         let alive = mounts.iter().filter(|mount| mount.is_alive()).count();
         let dirty: u64 = mounts.iter().map(|mount| mount.volume().dirty_bytes()).sum();
+        let lost: u64 = mounts.iter().map(Mount::lost_sessions).sum();
         let gauges = [
             ("mounts", "Volumes mounted.", alive),
             (
                 "dead_mounts",
                 "Mounts of volumes that were deleted.",
                 mounts.len() - alive,
+            ),
+            (
+                "lost_sessions",
+                "Sessions of these mounts that the owner has ended, with what was open in them.",
+                lost as usize,
             ),
             (
                 "dirty_bytes",

@@ -7,6 +7,7 @@ use lazarette_types::{ErrorCode, VolumeId};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +53,8 @@ struct Inner {
     session: Session<VolumeFilesystem>,
     target: PathBuf,
     read_only: bool,
+    /// How many sessions the owner has ended.
+    lost_sessions: AtomicU64,
     /// Cancelled when no other session will take the place of the present one.
     ending: CancellationToken,
     /// Cancelled when the kernel has ended the connection and the session is closed.
@@ -94,6 +97,7 @@ impl Mount {
                 session,
                 target,
                 read_only,
+                lost_sessions: AtomicU64::default(),
                 ending: CancellationToken::new(),
                 ended: CancellationToken::new(),
             }),
@@ -128,6 +132,11 @@ impl Mount {
     /// The volume, in its present session.
     pub fn volume(&self) -> Arc<Volume> {
         self.inner.volume.present()
+    }
+
+    /// How many of its sessions the owner has ended.
+    pub fn lost_sessions(&self) -> u64 {
+        self.inner.lost_sessions.load(Ordering::Relaxed)
     }
 
     /// Whether this and the other are the same mount.
@@ -213,6 +222,7 @@ impl Inner {
             if volume.ended().await.code() != ErrorCode::SessionExpired {
                 return;
             }
+            self.lost_sessions.fetch_add(1, Ordering::Relaxed);
             let (id, ended) = (volume.id(), volume.session().0);
             match Volume::mount(cluster, id, options(&self.target)).await {
                 Ok(volume) => {
