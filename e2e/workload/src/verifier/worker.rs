@@ -311,7 +311,8 @@ impl Worker {
 
     fn append_locked(&mut self) -> Result<()> {
         let (seq, mount) = (self.number(), self.some_mount());
-        let synced = self.random.once_in(2);
+        // What a full disk has refused is told by fsync; the lock goes to the next one all the same.
+        let synced = self.random.once_in(2) || self.shared.plan.full_disks;
         let step = Step::Locked { seq };
         self.begin(&step)?;
         let result = self.watch(Kind::LockedAppend, mount, |me| {
