@@ -7,7 +7,7 @@ use std::process::Command;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_lazarette-simulation");
 /// How many, if nothing else is said; about a second each.
-const SEEDS: u64 = 24;
+const SEEDS: u64 = 12;
 
 #[test]
 fn nothing_is_lost_or_stale_or_done_twice() {
