@@ -81,6 +81,9 @@ async fn install((name, version): (&str, &str)) -> Result<PathBuf> {
     Ok(program)
 }
 
+/// Operations of one process of fsx. It never gives its mappings of the file back, of which a process may have 65,530.
+const FSX_MOST: u64 = 100_000;
+
 impl Programs {
     /// Runs all cases of pjdfstest on the file system that is mounted on `mountpoint`, which is
     /// remounted read-only for some; keeps its configuration in `state`. Needs root, and a mount point
@@ -119,14 +122,18 @@ impl Programs {
     pub async fn fsx(&self, file: &Path, state: &Path, seed: u64, operations: u64) -> Result<()> {
         let config = state.join("fsx.toml");
         fs::write(&config, WEIGHTS).with_context(|| format!("write {}", config.display()))?;
-        cmd![&self.fsx, "-f", &config, "-P", state, "-S", seed.to_string()]
-            .args(["-N", &operations.to_string()])
-            .arg(file)
-            // Slow file systems do a hundred operations in a second.
-            .limit(Duration::from_secs(60 + operations / 100))
-            .run()
-            .await
-            .map(drop)
+        for part in 0..operations.div_ceil(FSX_MOST) {
+            let count = FSX_MOST.min(operations - part * FSX_MOST);
+            let seed = seed + part;
+            cmd![&self.fsx, "-f", &config, "-P", state, "-S", seed.to_string()]
+                .args(["-N", &count.to_string()])
+                .arg(file)
+                // Slow file systems do a hundred operations in a second.
+                .limit(Duration::from_secs(60 + count / 100))
+                .run()
+                .await?;
+        }
+        Ok(())
     }
 }
 
