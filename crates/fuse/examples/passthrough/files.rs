@@ -147,17 +147,11 @@ impl Passthrough {
         Ok((entry, self.opened(request, &node, fd, |_| entry.attr.size)))
     }
 
-    fn open_node(&self, node: &Node, wanted: OFlags) -> Result<OwnedFd> {
-        node.reopen(wanted)
-    }
-
     /// The open file, or the node opened if there is none.
     fn file(&self, node: u64, handle: Option<u64>, wanted: OFlags) -> Result<std::sync::Arc<OwnedFd>> {
         match handle {
             Some(handle) => self.files.get(handle),
-            None => Ok(self
-                .open_node(&*self.nodes.get(node)?, wanted | OFlags::CLOEXEC)?
-                .into()),
+            None => Ok(self.nodes.get(node)?.reopen(wanted | OFlags::CLOEXEC)?.into()),
         }
     }
 }
@@ -319,7 +313,7 @@ impl Filesystem for Passthrough {
 
     async fn open(&self, request: &Request, open: Open) -> Result<Opened> {
         let node = self.nodes.get(open.node)?;
-        let fd = self.open_node(&node, flags(open.flags))?;
+        let fd = node.reopen(flags(open.flags))?;
         Ok(self.opened(request, &node, fd, size))
     }
 
@@ -403,7 +397,7 @@ impl Filesystem for Passthrough {
     }
 
     async fn opendir(&self, _request: &Request, open: Open) -> Result<Opened> {
-        let fd = self.open_node(&*self.nodes.get(open.node)?, OFlags::DIRECTORY | OFlags::CLOEXEC)?;
+        let fd = self.nodes.get(open.node)?.reopen(OFlags::DIRECTORY | OFlags::CLOEXEC)?;
         Ok(Opened {
             handle: self.files.add(fd),
             flags: OpenReplyFlags::empty(),
@@ -474,7 +468,7 @@ impl Filesystem for Passthrough {
     }
 
     async fn syncfs(&self, _request: &Request, syncfs: Syncfs) -> Result<()> {
-        let directory = self.open_node(&*self.nodes.get(syncfs.node)?, OFlags::RDONLY | OFlags::CLOEXEC)?;
+        let directory = self.nodes.get(syncfs.node)?.reopen(OFlags::RDONLY | OFlags::CLOEXEC)?;
         elsewhere(move || Ok(sys::syncfs(directory)?)).await
     }
 

@@ -34,7 +34,7 @@ enum Source {
 }
 
 impl Engine {
-    fn view(&self, key: Key, range: std::ops::Range<u32>) -> Option<View> {
+    fn view(&self, key: Key, range: std::ops::Range<u32>, mode: Mode) -> Option<View> {
         let state = self.state();
         let entry = state.entry(key)?;
         let mut view = View {
@@ -42,7 +42,7 @@ impl Engine {
             base: blocks(entry.length),
             pending: Vec::new(),
             file: OnceCell::new(),
-            mode: Mode::Read,
+            mode,
         };
         if let Some(overlay) = state.overlay(key) {
             view.base = overlay.base;
@@ -122,7 +122,7 @@ impl Engine {
     /// Whole blocks `first..last` of a chunk that exists. The caller has its change lock.
     pub(super) fn read_blocks(&self, key: Key, first: u32, last: u32) -> Result<Vec<u8>, ChunkError> {
         let _file = self.share_file(key);
-        match self.view(key, first..last) {
+        match self.view(key, first..last, Mode::Read) {
             Some(view) if first < last => self.read_view(key, &view, first, last),
             _ => Ok(Vec::new()),
         }
@@ -134,7 +134,7 @@ impl Engine {
             return Ok(HashMap::new());
         };
         let _file = self.share_file(key);
-        let Some(view) = self.view(key, *first..last + 1) else {
+        let Some(view) = self.view(key, *first..last + 1, Mode::Read) else {
             return Ok(HashMap::new());
         };
         let read = |&index: &u32| Ok((index, self.read_view(key, &view, index, index + 1)?));
@@ -156,7 +156,7 @@ impl Engine {
     fn read_shared(&self, key: Key, offset: u32, length: u32, mode: Mode) -> Result<Contents, ChunkError> {
         self.poison.check()?;
         let first = offset / BLOCK_SIZE;
-        let Some(mut view) = self.view(key, first..blocks(offset.saturating_add(length))) else {
+        let Some(mut view) = self.view(key, first..blocks(offset.saturating_add(length)), mode) else {
             return Ok(Contents::new(Version::NONE, Bytes::new()));
         };
         if view.entry.is_damaged() {
@@ -168,7 +168,6 @@ impl Engine {
         }
         let last = blocks(end);
         view.pending.retain(|(index, _)| *index < last);
-        view.mode = mode;
         let buffer = Bytes::from(self.read_view(key, &view, first, last)?);
         let skip = (offset % BLOCK_SIZE) as usize;
         let data = buffer.slice(skip..skip + (end - offset) as usize);

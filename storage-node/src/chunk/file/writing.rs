@@ -60,15 +60,8 @@ impl Engine {
             return self.replace(key, entry, version, length, &runs);
         }
         let runs = self.compose(key, old, parts)?;
-        self.commit(Record::Change(ChangeRecord {
-            key,
-            version,
-            length,
-            previous_length: old,
-            file: entry.map_or_else(|| self.new_file(), |e| e.file),
-            fresh: entry.is_none(),
-            blocks: runs.iter().flat_map(images).collect(),
-        }))
+        let blocks = runs.iter().flat_map(images).collect();
+        self.commit_change(key, entry, version, length, blocks)
     }
 
     /// The whole blocks that parts change, as they will be, in order. What is whole already shares the
@@ -176,14 +169,27 @@ impl Engine {
         }
         file.sync()
             .map_err(|error| self.poison.set("syncing a chunk file", &error))?;
+        let length = entry.length.max(parts.end());
+        self.commit_change(key, Some(entry), version, length, list)
+    }
+
+    /// Commits that a chunk has this length and these blocks from now on; a new one gets a file.
+    fn commit_change(
+        &self,
+        key: Key,
+        entry: Option<Entry>,
+        version: Version,
+        length: u32,
+        blocks: Vec<(u32, Block)>,
+    ) -> Result<(), ChunkError> {
         self.commit(Record::Change(ChangeRecord {
             key,
             version,
-            length: entry.length.max(parts.end()),
-            previous_length: entry.length,
-            file: entry.file,
-            fresh: false,
-            blocks: list,
+            length,
+            previous_length: entry.map_or(0, |e| e.length),
+            file: entry.map_or_else(|| self.new_file(), |e| e.file),
+            fresh: entry.is_none(),
+            blocks,
         }))
     }
 
@@ -204,15 +210,7 @@ impl Engine {
             block[within..].fill(0);
             list.push((index, Block::Image(block.into())));
         }
-        self.commit(Record::Change(ChangeRecord {
-            key,
-            version,
-            length,
-            previous_length: old,
-            file: entry.map_or_else(|| self.new_file(), |e| e.file),
-            fresh: entry.is_none(),
-            blocks: list,
-        }))
+        self.commit_change(key, entry, version, length, list)
     }
 
     /// Writes a whole chunk into a new file, which then takes the place of the old. Blocks that are in no
